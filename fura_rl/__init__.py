@@ -1,0 +1,26 @@
+"""RL post-training with FuRA adapters.
+
+Importing this package registers FuRA with PEFT, so that `peft.get_peft_model` and `PeftModel.from_pretrained` know it.
+The trainer is imported on first use: it brings TRL and vLLM, which an adapter alone does not need.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from fura_rl.adapters.fura_config import FuraConfig
+from fura_rl.adapters.fura_tuner import FuraModel, register_with_peft
+
+if TYPE_CHECKING:
+    from fura_rl.trainer import FuraGRPOTrainer
+
+__all__ = ["FuraConfig", "FuraGRPOTrainer", "FuraModel"]
+__version__ = "0.1.0"
+
+register_with_peft()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "FuraGRPOTrainer":
+        from fura_rl.trainer import FuraGRPOTrainer
+
+        return FuraGRPOTrainer
+    raise AttributeError(f"module 'fura_rl' has no attribute {name!r}")

@@ -1,0 +1,118 @@
+"""The policy's weights as a rollout engine wants them: plain checkpoint tensors with every adapter folded in.
+
+Everything is read or computed out of place: a base weight keeps its storage and its bits.  Nothing here knows how a
+weight reaches an engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import nn
+
+from fura_rl.adapters.fura_layer import FuraLinear
+
+
+@dataclass(frozen=True)
+class CheckpointWeight:
+    """One tensor of the policy under its checkpoint name, e.g. `model.layers.0.self_attn.q_proj.weight`.
+
+    `layer` is the adapter layer that changes it, or None; `trained` says whether its value differs from the base
+    checkpoint's (folded, or a parameter that takes gradients).
+    """
+
+    name: str
+    parameter: nn.Parameter
+    layer: BaseTunerLayer | None = None
+
+    @property
+    def trained(self) -> bool:
+        return self.layer is not None or self.parameter.requires_grad
+
+    @property
+    def module_name(self) -> str:
+        return self.name.rpartition(".")[0]
+
+    def value(self) -> torch.Tensor:
+        """The tensor to serve; in float32 or wider where it is folded."""
+        return self.parameter.data if self.layer is None else folded_weight(self.layer)
+
+
+def checkpoint_weights(model: nn.Module) -> list[CheckpointWeight]:
+    """Every parameter of the underlying model in module order, tied ones once, adapters folded into their owner.
+
+    `model` is a plain or a PEFT model.
+
+    Raises:
+        NotImplementedError: for an adapter that does not sit on one layer's `weight`.
+    """
+    base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    seen: set[int] = set()
+    weights = []
+    for weight in _walk(base_model, ""):
+        if id(weight.parameter) not in seen:
+            seen.add(id(weight.parameter))
+            weights.append(weight)
+    return weights
+
+
+def _walk(module: nn.Module, prefix: str) -> Iterator[CheckpointWeight]:
+    if isinstance(module, BaseTunerLayer):
+        base_layer = module.get_base_layer()
+        if not isinstance(getattr(base_layer, "weight", None), nn.Parameter) or hasattr(module, "parameter_name"):
+            raise NotImplementedError(
+                f"{prefix}: {type(module).__name__} adapts something other than the weight of one layer; the weight "
+                "sync cannot fold it. Use target_modules that name linear layers"
+            )
+        for name, parameter in base_layer.named_parameters(recurse=False):
+            yield CheckpointWeight(f"{prefix}.{name}", parameter, module if name == "weight" else None)
+    elif isinstance(module, ModulesToSaveWrapper):
+        yield from _walk(module.modules_to_save[module.active_adapters[0]], prefix)
+    elif isinstance(module, AuxiliaryTrainingWrapper):
+        raise NotImplementedError(f"{prefix}: the weight sync cannot fold a {type(module).__name__}")
+    else:
+        for name, parameter in module.named_parameters(recurse=False):
+            yield CheckpointWeight(f"{prefix}.{name}".lstrip("."), parameter)
+        for name, child in module.named_children():
+            yield from _walk(child, f"{prefix}.{name}".lstrip("."))
+
+
+@torch.no_grad()
+def folded_weight(layer: BaseTunerLayer) -> torch.Tensor:
+    """The weight that makes the bare layer compute what `layer` computes with its active adapters.
+
+    (out, in), in float32 or wider, so that the one rounding is the engine's.  The base weight is not written: FuRA folds
+    in closed form, any other PEFT method merges into a float32 copy that takes the weight's place for that moment.
+
+    Raises:
+        RuntimeError: where the adapter is merged already, since its base weight is then no longer to be had.
+    """
+    if isinstance(layer, FuraLinear):
+        return layer.folded_weight(layer.active_adapters)
+    if layer.merged:
+        raise RuntimeError(
+            f"{type(layer).__name__} is merged into its base weight; call unmerge_adapter() before a weight sync"
+        )
+    weight = layer.get_base_layer().weight
+    pristine = weight.data
+    weight.data = pristine.to(torch.promote_types(pristine.dtype, torch.float32), copy=True)
+    try:
+        layer.merge()
+        folded = weight.data.clone()
+        if layer.merged:
+            layer.unmerge()  # for the method's own book-keeping only; the copy it works on is thrown away
+    finally:
+        weight.data = pristine
+        layer.merged_adapters.clear()
+    return folded
+
+
+def pristine_weight(weight: CheckpointWeight) -> torch.Tensor:
+    """The base value of `weight`, whether or not a FuRA adapter is merged at the moment."""
+    if isinstance(weight.layer, FuraLinear):
+        return weight.layer.pristine_weight()
+    return weight.parameter.data

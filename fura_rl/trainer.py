@@ -1,0 +1,256 @@
+"""`FuraGRPOTrainer`: TRL's GRPOTrainer with our weight sync in place of its merge, push and unmerge.
+
+The only file that touches TRL's private names.  Read in TRL 1.16; `take_over` looks for each of them, so that an
+upgrade that moves one ends with a message.  Everything else of TRL's trainer is used as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import trl.generation.vllm_generation as trl_vllm
+from accelerate.utils import DistributedType
+from peft import PeftConfig
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import GRPOConfig, GRPOTrainer
+
+from fura_rl.sync import probe
+from fura_rl.sync.vllm_engine import InProcessEngine
+from fura_rl.sync.weight_sync import SyncReport, WeightSync
+
+TRL_VERSIONS_READ = "1.16"
+PROBE_TOKENS = 64
+
+
+@dataclass
+class FuraGRPOConfig(GRPOConfig):
+    """TRL's GRPOConfig and the settings of the rollout engine and of the weight sync that TRL has no field for."""
+
+    vllm_dtype: str | None = field(
+        default=None,
+        metadata={"help": "dtype of the rollout engine; default: the dtype that the policy computes in."},
+    )
+    vllm_enforce_eager: bool | None = field(
+        default=None,
+        metadata={"help": "Run the engine without graph capture and compilation; default: only on CPU."},
+    )
+    sync_probe_every: int = field(
+        default=1, metadata={"help": "Prove every N-th weight sync with a probe prompt; the first is always proved."}
+    )
+    sync_probe_tolerance: float | None = field(
+        default=None,
+        metadata={"help": "Largest accepted probe gap in nats; default: 1e-3 float32, 0.1 float16, 0.5 bfloat16."},
+    )
+
+
+class FuraGRPOTrainer(GRPOTrainer):
+    """GRPO on a vLLM engine that provably serves the policy being trained.
+
+    Takes TRL's arguments unchanged; `peft_config` is any PEFT config, or None for full fine-tuning, and `args` a
+    `GRPOConfig` or `FuraGRPOConfig`.  Logs `sync/*` at every sync and keeps `phase_seconds`, the wall time of the
+    rollout, reward and sync phases.
+
+    Raises:
+        ValueError: for settings that this trainer cannot serve, before a model is loaded.
+        StaleEngineError: where an engine does not hold the policy's weights after a sync.
+    """
+
+    _tag_names = ["trl", "grpo", "fura"]
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_settings(args, peft_config)
+        self.phase_seconds: dict[str, float] = defaultdict(float)
+        self.sync_reports: list[SyncReport] = []
+        rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        timed = [self._timed("reward", reward) if callable(reward) else reward for reward in rewards if reward]
+        with engine_class(self._make_engine):
+            super().__init__(model, timed, args, peft_config=peft_config, **kwargs)
+        if self.use_vllm:
+            self._take_over_sync()
+
+    def _make_engine(self, **kwargs: Any) -> Any:
+        """vLLM's `LLM` with TRL's arguments and those TRL has no setting for."""
+        from vllm import LLM
+
+        enforce_eager = getattr(self.args, "vllm_enforce_eager", None)
+        kwargs["dtype"] = getattr(self.args, "vllm_dtype", None) or str(self.compute_dtype).removeprefix("torch.")
+        kwargs["enforce_eager"] = self.accelerator.device.type == "cpu" if enforce_eager is None else enforce_eager
+        kwargs["revision"] = (self.args.model_init_kwargs or {}).get("revision")
+        kwargs["seed"] += self.args.seed  # TRL seeds every run's engine alike, so seeds would share their rollouts
+        kwargs["disable_log_stats"] = True
+        return LLM(**kwargs)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the policy's forward runs in: the autocast dtype, or that of its parameters."""
+        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        return mixed or self.accelerator.unwrap_model(self.model).dtype
+
+    def _take_over_sync(self) -> None:
+        generation = take_over(self)
+        policy = self.accelerator.unwrap_model(self.model)
+        self.weight_sync = WeightSync(
+            policy,
+            InProcessEngine(generation.llm),
+            self._probe_token_ids(),
+            probe_every=getattr(self.args, "sync_probe_every", 1),
+            probe_tolerance=getattr(self.args, "sync_probe_tolerance", None),
+            compute_dtype=self.compute_dtype,
+            score=self._score,
+        )
+        generation.sync_weights = self.sync_weights
+        generation.generate = self._timed("rollout", generation.generate)
+
+    def sync_weights(self) -> None:
+        """Bring the engine to the policy's weights and prove it.  TRL calls this before a generation of a new step."""
+        generation = self.vllm_generation
+        started = time.perf_counter()
+        if generation.enable_sleep_mode:  # the engine gave its memory back, weights included (sleep level 2)
+            trl_vllm.empty_cache()
+            generation.llm.wake_up(tags=["weights"])
+            generation.llm.wake_up(tags=["kv_cache"])  # the probe generates; TRL's own wake-up is then a no-op
+            generation._llm_weights_sleeping = False
+        report = self.weight_sync.sync(everything=generation.enable_sleep_mode)
+        self.sync_reports.append(report)
+        self._last_loaded_step = self.state.global_step
+        mode = "train" if self.model.training else "eval"
+        for name, value in report.metrics().items():
+            self._metrics[mode][name].append(value)
+        self.phase_seconds["sync"] += time.perf_counter() - started
+
+    def _score(self, policy: nn.Module, token_ids: Sequence[int]) -> torch.Tensor:
+        with self.accelerator.autocast():
+            return probe.trainer_logprobs(policy, token_ids)
+
+    def _probe_token_ids(self) -> list[int]:
+        """The first tokens of the first training prompt: text of the run's own kind, the same at every sync."""
+        prompt = next(iter(self.train_dataset))["prompt"]
+        if isinstance(prompt, str):
+            ids = self.processing_class(text=prompt)["input_ids"]
+        else:
+            ids = self.processing_class.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]
+        return list(ids)[:PROBE_TOKENS]
+
+    def _timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            sync_before, started = self.phase_seconds["sync"], time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                inner_sync = self.phase_seconds["sync"] - sync_before  # a sleeping engine syncs inside generate
+                self.phase_seconds[phase] += time.perf_counter() - started - inner_sync
+
+        return timed
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluation always starts from a fresh sync: weights may have moved without a step (best model loaded)."""
+        self._last_loaded_step = -1
+        return super().evaluation_loop(*args, **kwargs)
+
+
+def check_settings(args: GRPOConfig | None, peft_config: PeftConfig | None) -> None:
+    """Refuse, before anything is loaded, what the sync cannot do.
+
+    Raises:
+        ValueError: with every fault at once.
+    """
+    faults = []
+    if args is not None and args.use_vllm and args.vllm_mode != "colocate":
+        faults.append(f"vllm_mode={args.vllm_mode!r} is not built yet; use vllm_mode='colocate'")
+    if args is not None and args.distributed_state.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        kind = args.distributed_state.distributed_type.value
+        faults.append(f"{kind} shards the policy, and a sync of sharded weights is not built yet; use DDP")
+    if set(getattr(peft_config, "modules_to_save", None) or ()) & {"embed_tokens", "lm_head"}:
+        faults.append(
+            "modules_to_save with embed_tokens or lm_head drifts from the engine where the two are tied; leave them out"
+        )
+    if getattr(args, "sync_probe_every", 1) < 1:
+        faults.append(f"sync_probe_every={args.sync_probe_every} must be at least 1")
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+@contextmanager
+def engine_class(factory: Callable[..., Any]) -> Any:
+    """Let TRL build its engine through `factory`: it passes vLLM neither dtype nor revision nor enforce_eager."""
+    original = getattr(trl_vllm, "LLM", None)
+    trl_vllm.LLM = factory
+    try:
+        yield
+    finally:
+        trl_vllm.LLM = original
+
+
+def take_over(trainer: GRPOTrainer) -> Any:
+    """TRL's generation object, after a look at every private name this file relies on.
+
+    Raises:
+        RuntimeError: where this TRL is laid out otherwise than the version read.
+    """
+    import trl
+
+    generation = getattr(trainer, "vllm_generation", None)
+    missing = [f"GRPOTrainer.{name}" for name in ("_last_loaded_step", "_metrics") if not hasattr(trainer, name)]
+    missing += [
+        f"VLLMGeneration.{name}"
+        for name in ("llm", "sync_weights", "generate", "enable_sleep_mode", "_llm_weights_sleeping")
+        if not hasattr(generation, name)
+    ]
+    if missing:
+        raise RuntimeError(
+            f"TRL {trl.__version__} lacks {', '.join(missing)}. fura_rl reads TRL {TRL_VERSIONS_READ}: install that "
+            "version, or bring fura_rl/trainer.py up to the new layout"
+        )
+    return generation
+
+
+class SaveOnInterrupt(TrainerCallback):
+    """Ctrl-C or SIGTERM ends the run after the step in progress, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        import signal
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        import signal
+
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+        print(f"\n{signal.Signals(number).name}: finishing this step, then saving a checkpoint; once more to stop now")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.received is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        import signal
+
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
