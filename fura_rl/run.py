@@ -1,0 +1,242 @@
+"""One math run from parsed arguments to a printed table: config -> data -> trainer -> training -> report."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback, TrainerControl, TrainerState
+
+from fura_rl import report
+from fura_rl.adapters.registry import find_method, peft_config_for
+from fura_rl.config import QUICKSTART, RunArguments, resolve_model
+from fura_rl.data import load_splits, prepare
+from fura_rl.evaluation.sampling import Sampling, evaluate
+from fura_rl.trainer import FuraGRPOTrainer, SaveOnInterrupt
+from rewards import load_reward
+
+BAD_INPUT = (ValueError, TypeError, OSError, NotImplementedError)  # what settings raise before training starts
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class Run:
+    """A run that is ready to train: everything is loaded, checked and started."""
+
+    arguments: RunArguments
+    trainer: FuraGRPOTrainer
+    tokenizer: PreTrainedTokenizerBase
+    held_out: Dataset | None
+    interrupt: SaveOnInterrupt
+    before: report.Scores | None = None
+    train_seconds: float = 0.0
+
+
+class RewardProgress(ProgressCallback):
+    """One progress bar with the reward on it, in place of a line of forty metrics a step."""
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and "reward" in (logs or {}):
+            shown = {"reward": "reward", "length": "completions/mean_length", "gap": "sync/probe_max_gap"}
+            self.training_bar.set_postfix(
+                {name: f"{float(logs[key]):.3g}" for name, key in shown.items() if key in logs}
+            )
+
+
+def prepare_run(arguments: RunArguments) -> Run:
+    """Check every setting, load data and policy, start the rollout engine.
+
+    Raises:
+        BAD_INPUT: with one message that names the setting; cheap checks come first, the engine last.
+    """
+    script, training, model_args = arguments.script, arguments.training, arguments.model
+    find_method(script.adapter)
+    peft_config = peft_config_for(script.adapter, model_args, script.adapter_target_modules, script.adapter_kwargs)
+    reward_funcs = [load_reward(name) for name in script.reward_funcs]
+    model_path = stand_in_for(arguments) if script.dry_run else resolve_model(model_args.model_name_or_path)
+    tokenizer = load_tokenizer(model_path, arguments)
+    train_set, held_out = load_data(arguments, tokenizer)
+
+    training.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    } | (training.model_init_kwargs or {})
+    interrupt = SaveOnInterrupt()
+    trainer = FuraGRPOTrainer(
+        model=model_path,
+        reward_funcs=reward_funcs,
+        args=training,
+        train_dataset=train_set,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        callbacks=[interrupt],
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(RewardProgress)
+    if trainer.accelerator.is_main_process:
+        report.write_record(Path(training.output_dir), arguments.resolved())
+    return Run(arguments, trainer, tokenizer, held_out, interrupt)
+
+
+def load_tokenizer(model_path: str, arguments: RunArguments) -> PreTrainedTokenizerBase:
+    """Raises ValueError where neither folder nor hub has the model, saying what was tried."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            model_path,
+            revision=arguments.model.model_revision,
+            trust_remote_code=arguments.training.trust_remote_code,
+            padding_side="left",
+            truncation_side="left",
+        )
+    except OSError as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model_name_or_path={arguments.model.model_name_or_path!r} is neither a local checkpoint nor a model that "
+            f"the hub serves: {first_line}"
+        ) from error
+
+
+def load_data(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset | None]:
+    """The training set and, where `eval_problems` asks for one, the held-out set."""
+    script = arguments.script
+    splits = load_splits(script, arguments.mixture)
+    source = script.dataset_name or "the dataset mixture"
+
+    def split(name: str, setting: str) -> Dataset:
+        if name not in splits:
+            raise ValueError(f"{setting}={name!r} is not a split of {source}; it has {', '.join(splits)}")
+        return splits[name]
+
+    train_set = prepare(split(script.dataset_train_split, "dataset_train_split"), script, tokenizer, source)
+    if not script.eval_problems:
+        return train_set, None
+    test = split(script.dataset_test_split, "dataset_test_split")
+    if script.eval_problems > len(test):
+        raise ValueError(
+            f"eval_problems={script.eval_problems} exceeds the {len(test)} problems of {source}'s test split"
+        )
+    return train_set, prepare(test.select(range(script.eval_problems)), script, tokenizer, f"{source} (test)")
+
+
+def stand_in_for(arguments: RunArguments) -> str:
+    """For a dry run: a tiny checkpoint of the model's architecture, and the embedded problems in place of the data."""
+    from fura_rl.stand_in import make_stand_in
+
+    folder = Path(tempfile.mkdtemp(prefix="fura-dry-run-"))
+    name = resolve_model(arguments.model.model_name_or_path)
+    arguments.script.dataset_name, arguments.mixture.datasets = QUICKSTART, []
+    arguments.script.prompt_column = arguments.script.answer_column = None
+    arguments.script.dataset_train_split = "train"
+    arguments.training.output_dir = str(folder / "output")
+    return str(make_stand_in(name, folder / "model", arguments.model.dtype))
+
+
+def score_held_out(run: Run) -> report.Scores | None:
+    """Greedy and sampled accuracy on the held-out problems, on the live engine, freshly synced."""
+    if run.held_out is None:
+        return None
+    trainer, script, training = run.trainer, run.arguments.script, run.arguments.training
+    trainer.sync_weights()
+    llm = trainer.vllm_generation.llm
+
+    def sample(n: int, temperature: float) -> Any:
+        sampling = Sampling(n=n, temperature=temperature, max_tokens=training.max_completion_length, seed=training.seed)
+        return evaluate(llm, run.tokenizer, run.held_out["prompt"], run.held_out["answer"], sampling, progress=False)
+
+    sampled = sample(script.eval_samples, training.temperature)
+    return report.Scores(
+        greedy=sample(1, 0.0).pass_at(1),
+        pass_at_1=sampled.pass_at(1),
+        pass_at_k=sampled.pass_at(script.eval_samples),
+        samples=script.eval_samples,
+        problems=len(run.held_out),
+    )
+
+
+def train(run: Run) -> None:
+    """Score, train, save.  Ctrl-C ends it after the step in progress, with a checkpoint."""
+    run.before = score_held_out(run)
+    for phase in run.trainer.phase_seconds:
+        run.trainer.phase_seconds[phase] = 0.0
+    resume = run.arguments.training.resume_from_checkpoint
+    started = time.perf_counter()
+    run.trainer.train(resume_from_checkpoint=True if resume in ("true", "True", "latest") else resume)
+    run.train_seconds = time.perf_counter() - started
+
+
+def finish(run: Run) -> int:
+    """Save the policy, score it, print the table, draw the curve.  Returns the exit code."""
+    trainer, training = run.trainer, run.arguments.training
+    output_dir = Path(training.output_dir)
+    if run.interrupt.received is not None:
+        step = trainer.state.global_step
+        print(
+            f"stopped at step {step}; resume with the same command and --resume_from_checkpoint "
+            f"{output_dir / f'checkpoint-{step}'}"
+        )
+        return 128 + run.interrupt.received
+    after = score_held_out(run)
+    trainer.save_model(str(output_dir))
+    if not trainer.accelerator.is_main_process:
+        return 0
+    if run.arguments.script.dry_run:
+        return finish_dry_run(run)
+    summary = summarize(run, after)
+    report.print_summary(summary)
+    curve = output_dir / "reward_curve.png"
+    report.plot_rewards(curve, summary.rewards, summary)
+    print(f"reward curve  {curve}\npolicy        {output_dir} (checkpoints in {output_dir}/checkpoint-*)")
+    print(f"evaluate it   python launch/pass_at_k.py --model {output_dir}")
+    if run.arguments.model.model_name_or_path == QUICKSTART:
+        print(
+            "next          a real model on a GPU: accelerate launch launch/grpo_math.py --config "
+            "configs/qwen3-1.7b/fura.yaml\n"
+            "              (add --dry_run to try that config on this machine first)"
+        )
+    return 0
+
+
+def finish_dry_run(run: Run) -> int:
+    gap = run.trainer.sync_reports[-1].probe_max_gap
+    print(
+        f"dry run: one GRPO step done with adapter {run.arguments.script.adapter!r} on a tiny stand-in for "
+        f"{run.arguments.model.model_name_or_path}; probe gap {gap:.2g} nats. The config is sound."
+    )
+    shutil.rmtree(Path(run.arguments.training.output_dir).parent, ignore_errors=True)
+    return 0
+
+
+def summarize(run: Run, after: report.Scores | None) -> report.RunSummary:
+    trainer = run.trainer
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    phases = {name: trainer.phase_seconds[name] for name in ("rollout", "reward", "sync")}
+    phases["train"] = max(0.0, run.train_seconds - sum(phases.values()))
+    return report.RunSummary(
+        adapter=run.arguments.script.adapter,
+        trained_parameters=sum(p.numel() for p in policy.parameters() if p.requires_grad),
+        total_parameters=sum(p.numel() for p in policy.parameters()),
+        steps=trainer.state.global_step,
+        total_seconds=run.train_seconds,
+        phase_seconds=phases,
+        before=run.before,
+        after=after,
+        rewards=[float(entry["reward"]) for entry in trainer.state.log_history if "reward" in entry],
+    )
+
+
+def die_with_parent() -> None:
+    """Under `accelerate launch`, end (with a checkpoint) when the launcher ends: no orphan keeps the machine busy."""
+    if sys.platform == "linux" and any(name.startswith("ACCELERATE_") for name in os.environ):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

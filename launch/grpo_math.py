@@ -1,0 +1,40 @@
+"""Train a language model with GRPO on verifiable math rewards, through FuRA or another adapter, with vLLM rollouts.
+
+accelerate launch launch/grpo_math.py                                          the embedded quickstart, minutes on a CPU
+accelerate launch launch/grpo_math.py --adapter lora                           the same with another method
+accelerate launch launch/grpo_math.py --config configs/qwen3-1.7b/fura.yaml    the paper's recipe, one GPU
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+QUICKSTART_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
+
+
+def main(argv: list[str]) -> int:
+    from fura_rl.config import DATACLASSES, help_text, parse_arguments
+
+    if {"-h", "--help"} & set(argv):
+        print(help_text(__doc__))
+        return 0
+    if "--help_all" in argv:
+        from trl import TrlParser
+
+        TrlParser(DATACLASSES).print_help()
+        return 0
+    from fura_rl.run import BAD_INPUT, die_with_parent, finish, prepare_run, train
+
+    die_with_parent()
+    try:
+        run = prepare_run(parse_arguments(argv, default_config=str(QUICKSTART_CONFIG)))
+    except BAD_INPUT as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    train(run)
+    return finish(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
