@@ -76,6 +76,23 @@ def load_splits(script: MathScriptArguments, mixture: DatasetMixtureConfig | Non
     return load_dataset(name, name=script.dataset_config)
 
 
+def pick_split(splits: DatasetDict, spec: str, source: str) -> Dataset:
+    """The split named by `spec`, which may carry datasets' slicing: `test`, `train[:7500]`, `train[90%:]`.
+
+    Raises:
+        ValueError: where there is no such split.
+    """
+    from datasets import ReadInstruction
+
+    name = spec.partition("[")[0]
+    if name not in splits:
+        raise ValueError(f"split {spec!r} is not in {source}; it has {', '.join(splits)}")
+    if name == spec:
+        return splits[name]
+    [part] = ReadInstruction.from_spec(spec).to_absolute({name: len(splits[name])})
+    return splits[name].select(range(part.from_ or 0, len(splits[name]) if part.to is None else part.to))
+
+
 def prepare(dataset: Dataset, script: MathScriptArguments, tokenizer: PreTrainedTokenizerBase, source: str) -> Dataset:
     """Rows of any known schema as `prompt` and `answer`.
 

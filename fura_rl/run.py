@@ -19,12 +19,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProgressCallbac
 from fura_rl import report
 from fura_rl.adapters.registry import find_method, peft_config_for
 from fura_rl.config import QUICKSTART, RunArguments, resolve_model
-from fura_rl.data import load_splits, prepare
+from fura_rl.data import load_splits, pick_split, prepare
 from fura_rl.evaluation.sampling import Sampling, evaluate
 from fura_rl.trainer import FuraGRPOTrainer, SaveOnInterrupt
 from rewards import load_reward
 
-BAD_INPUT = (ValueError, TypeError, OSError, NotImplementedError)  # what settings raise before training starts
 PR_SET_PDEATHSIG = 1
 
 
@@ -58,7 +57,8 @@ def prepare_run(arguments: RunArguments) -> Run:
     """Check every setting, load data and policy, start the rollout engine.
 
     Raises:
-        BAD_INPUT: with one message that names the setting; cheap checks come first, the engine last.
+        ValueError, TypeError, OSError, NotImplementedError: with one message that names the setting; cheap checks come
+            first, the engine last.
     """
     script, training, model_args = arguments.script, arguments.training, arguments.model
     find_method(script.adapter)
@@ -114,15 +114,10 @@ def load_data(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase) -> tu
     splits = load_splits(script, arguments.mixture)
     source = script.dataset_name or "the dataset mixture"
 
-    def split(name: str, setting: str) -> Dataset:
-        if name not in splits:
-            raise ValueError(f"{setting}={name!r} is not a split of {source}; it has {', '.join(splits)}")
-        return splits[name]
-
-    train_set = prepare(split(script.dataset_train_split, "dataset_train_split"), script, tokenizer, source)
+    train_set = prepare(pick_split(splits, script.dataset_train_split, source), script, tokenizer, source)
     if not script.eval_problems:
         return train_set, None
-    test = split(script.dataset_test_split, "dataset_test_split")
+    test = pick_split(splits, script.dataset_test_split, source)
     if script.eval_problems > len(test):
         raise ValueError(
             f"eval_problems={script.eval_problems} exceeds the {len(test)} problems of {source}'s test split"

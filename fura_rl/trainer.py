@@ -7,11 +7,12 @@ upgrade that moves one ends with a message.  Everything else of TRL's trainer is
 from __future__ import annotations
 
 import functools
+import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import trl.generation.vllm_generation as trl_vllm
@@ -42,7 +43,7 @@ class FuraGRPOTrainer(GRPOTrainer):
         StaleEngineError: where an engine does not hold the policy's weights after a sync.
     """
 
-    _tag_names = ["trl", "grpo", "fura"]
+    _tag_names: ClassVar[list[str]] = ["trl", "grpo", "fura"]
 
     def __init__(
         self,
@@ -208,14 +209,10 @@ class SaveOnInterrupt(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        import signal
-
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
-        import signal
-
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = number
@@ -228,7 +225,5 @@ class SaveOnInterrupt(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        import signal
-
         for number, handler in self._previous.items():
             signal.signal(number, handler)

@@ -1,6 +1,6 @@
 """Train a language model with GRPO on verifiable math rewards, through FuRA or another adapter, with vLLM rollouts.
 
-accelerate launch launch/grpo_math.py                                          the embedded quickstart, minutes on a CPU
+accelerate launch launch/grpo_math.py                                          the quickstart, minutes on a CPU
 accelerate launch launch/grpo_math.py --adapter lora                           the same with another method
 accelerate launch launch/grpo_math.py --config configs/qwen3-1.7b/fura.yaml    the paper's recipe, one GPU
 """
@@ -24,12 +24,13 @@ def main(argv: list[str]) -> int:
 
         TrlParser(DATACLASSES).print_help()
         return 0
-    from fura_rl.run import BAD_INPUT, die_with_parent, finish, prepare_run, train
-
-    die_with_parent()
     try:
-        run = prepare_run(parse_arguments(argv, default_config=str(QUICKSTART_CONFIG)))
-    except BAD_INPUT as error:
+        arguments = parse_arguments(argv, default_config=str(QUICKSTART_CONFIG))
+        from fura_rl.run import die_with_parent, finish, prepare_run, train
+
+        die_with_parent()
+        run = prepare_run(arguments)
+    except (ValueError, TypeError, OSError, NotImplementedError) as error:  # what bad settings raise, before training
         print(f"error: {error}", file=sys.stderr)
         return 2
     train(run)

@@ -20,13 +20,9 @@ from pathlib import Path
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", default="quickstart", help="hub id, checkpoint folder or adapter folder [quickstart]"
-    )
+    parser.add_argument("--model", default="quickstart", help="hub id, checkpoint or adapter folder [quickstart]")
     parser.add_argument("--base_model", help="base of an adapter whose recorded base has moved")
-    parser.add_argument(
-        "--benchmark", default="quickstart", help="quickstart, math_500, or a .json/.jsonl/.parquet file"
-    )
+    parser.add_argument("--benchmark", default="quickstart", help="quickstart, math_500, or a .jsonl/.json/.parquet")
     parser.add_argument("--num_samples", type=int, default=8, help="samples a problem for pass@k [8]")
     parser.add_argument("--k", type=int, nargs="+", default=[1, 8], help="values of k, each at most num_samples [1 8]")
     parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature of pass@k [1.0]")

@@ -64,8 +64,8 @@ class FuraCore(nn.Module):
             same_shape = saved.shape == self.basis_s.shape
             if not same_shape or not torch.allclose(saved.to(self.basis_s), self.basis_s, rtol=1e-3, atol=1e-6):
                 error_messages.append(
-                    f"{prefix}basis_s: the adapter was saved with save_basis=False and its singular values do not match "
-                    "this base weight; load it on the base model it was trained on, or save it with save_basis=True"
+                    f"{prefix}basis_s: the adapter was saved with save_basis=False and its singular values do not "
+                    "match this base weight; load it on the base model it was trained on, or save with save_basis=True"
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -111,7 +111,7 @@ class FuraLinear(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _cast_core(self, core: FuraCore, core_dtype: str | None) -> None:
-        """Trained tensors take PEFT's convention (the base dtype, which PEFT then raises to float32) or `core_dtype`."""
+        """The trained tensors in `core_dtype`, or PEFT's convention: the base dtype, which PEFT then makes float32."""
         dtype = getattr(torch, core_dtype) if core_dtype else self.get_base_layer().weight.dtype
         for parameter in core.parameters():
             parameter.data = parameter.data.to(dtype)
@@ -127,7 +127,7 @@ class FuraLinear(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def folded_weight(self, adapter_names: list[str]) -> torch.Tensor:
-        """W + sum of W D over `adapter_names`, (out, in), in float32 or wider: folded from pristine, rounded by nobody."""
+        """W + sum of W D over `adapter_names`, (out, in), from the pristine W, in float32 or wider, not rounded."""
         weight = self.pristine_weight()
         folded = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         for name in adapter_names:

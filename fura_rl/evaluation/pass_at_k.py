@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from fura_rl.data import load_splits, prepare
+from fura_rl.data import load_splits, pick_split, prepare
 from fura_rl.evaluation.benchmarks.benchmark import Benchmark
 from fura_rl.evaluation.sampling import Evaluation, Sampling, evaluate
 from fura_rl.report import environment
@@ -42,10 +42,7 @@ def load_problems(benchmark: Benchmark, checkpoint: str, max_problems: int | Non
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     script = benchmark.script_arguments()
-    splits = load_splits(script)
-    if benchmark.split not in splits:
-        raise ValueError(f"{benchmark.dataset_name} has no split {benchmark.split!r}; it has {', '.join(splits)}")
-    dataset = splits[benchmark.split]
+    dataset = pick_split(load_splits(script), benchmark.split, benchmark.dataset_name)
     if benchmark.size is not None and len(dataset) != benchmark.size:
         raise ValueError(f"{benchmark.dataset_name} has {len(dataset)} problems, expected {benchmark.size}")
     if max_problems is not None:

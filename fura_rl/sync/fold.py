@@ -85,8 +85,8 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[CheckpointWeight]:
 def folded_weight(layer: BaseTunerLayer) -> torch.Tensor:
     """The weight that makes the bare layer compute what `layer` computes with its active adapters.
 
-    (out, in), in float32 or wider, so that the one rounding is the engine's.  The base weight is not written: FuRA folds
-    in closed form, any other PEFT method merges into a float32 copy that takes the weight's place for that moment.
+    (out, in), in float32 or wider, so that the one rounding is the engine's.  The base weight is not written: FuRA
+    folds in closed form, any other PEFT method merges into a float32 copy that takes the weight's place meanwhile.
 
     Raises:
         RuntimeError: where the adapter is merged already, since its base weight is then no longer to be had.

@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685), PEFT's own; rank, alpha and dropout from TRL's `--lora_r`, `--lora_alpha`, `--lora_dropout`."""
+"""LoRA (arXiv 2106.09685), PEFT's own; settings from TRL's `--lora_r`, `--lora_alpha`, `--lora_dropout`."""
 
 from typing import Any
 
