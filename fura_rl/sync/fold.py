@@ -37,6 +37,11 @@ class CheckpointWeight:
     def module_name(self) -> str:
         return self.name.rpartition(".")[0]
 
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """The parameters with gradients that its value is made of."""
+        parameters = [self.parameter] if self.layer is None else self.layer.parameters()
+        return [p for p in parameters if p.requires_grad]
+
     def value(self) -> torch.Tensor:
         """The tensor to serve; in float32 or wider where it is folded."""
         return self.parameter.data if self.layer is None else folded_weight(self.layer)

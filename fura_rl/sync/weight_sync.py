@@ -99,15 +99,18 @@ class WeightSync:
         With `everything`, unadapted weights are sent too: for an engine whose memory was discarded while it slept.
 
         Raises:
+            FloatingPointError: where a trained parameter is not finite; the engine keeps the weights it has.
             StaleEngineError: where the engine does not compute what the trainer computes afterwards.
         """
         started = time.perf_counter()
+        weights = checkpoint_weights(self.model)
+        refuse_non_finite(weights)
         cosine, payload_bytes = UpdateCosine(), 0
         all_kept = True  # whether every trained weight has its base value at hand, for the cosine
 
         def stream() -> Iterator[tuple[str, torch.Tensor]]:
             nonlocal payload_bytes, all_kept
-            for weight in select_weights(checkpoint_weights(self.model), self.engine.fused_modules, everything):
+            for weight in select_weights(weights, self.engine.fused_modules, everything):
                 exact = weight.value()
                 delivered = exact.to(self.engine.dtype)
                 payload_bytes += delivered.numel() * delivered.element_size()
@@ -140,6 +143,21 @@ class WeightSync:
         )
         self._previous_logprobs = trainer
         return gap
+
+
+def refuse_non_finite(weights: list[CheckpointWeight]) -> None:
+    """Look before the load: a NaN would stay in the engine's key-value cache after the weights are mended.
+
+    Raises:
+        FloatingPointError: naming the first weight that a non-finite trained parameter reaches.
+    """
+    trained = [(weight.name, p) for weight in weights for p in weight.trained_parameters()]
+    if not trained or torch.stack([p.isfinite().all() for _, p in trained]).all():
+        return
+    name = next(name for name, p in trained if not p.isfinite().all())
+    raise FloatingPointError(
+        f"the trained parameters of {name} are not finite, so the policy diverged: lower learning_rate or max_grad_norm"
+    )
 
 
 def select_weights(

@@ -1,0 +1,79 @@
+"""Shared fixtures.  Everything is real: real PEFT, real TRL, a real vLLM engine in this process, tiny models."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# One tolerance per dtype: the largest relative error of a weight or an output that rounding explains here.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+PARITY_NATS = 1e-4  # engine against trainer, float32
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def make_tiny_checkpoint(folder: Path, *, tied: bool, dtype: torch.dtype = torch.float32, **overrides: object) -> Path:
+    """A random Qwen3 of the quickstart's architecture, narrower, with outputs peaked enough to notice a change."""
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    from fura_rl.quickstart import BASE_MODEL
+
+    tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)
+    config = Qwen3Config.from_pretrained(BASE_MODEL)
+    config.tie_word_embeddings = tied
+    settings = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16} | overrides
+    for name, value in settings.items():
+        setattr(config, name, value)
+    config.layer_types = ["full_attention"] * config.num_hidden_layers
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "embed" not in name:
+                parameter.mul_(4.0)
+    model.to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tied_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("tied"), tied=True)
+
+
+@pytest.fixture(scope="session")
+def untied_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("untied"), tied=False)
+
+
+@pytest.fixture(scope="session")
+def bfloat16_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("bfloat16"), tied=True, dtype=torch.bfloat16)
+
+
+@torch.no_grad()
+def perturb_trained(model: torch.nn.Module, scale: float, seed: int) -> None:
+    """Move every trained parameter by a seeded random step of relative size `scale`: one optimizer step's stand-in."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            size = parameter.abs().mean().clamp_min(0.02)
+            parameter.add_(scale * size * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))

@@ -1,0 +1,220 @@
+"""FuRA as a PEFT method: the oracle, and what PEFT users expect of any adapter."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from conftest import TOLERANCE, relative_error
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from fura_rl import FuraConfig
+
+SHAPES = [(24, 16), (12, 24), (48, 48), (20, 10)]  # (in, out)
+
+
+class TwoLayers(nn.Module):
+    def __init__(self, in_features=24, out_features=16, dtype=torch.float32):
+        super().__init__()
+        self.first = nn.Linear(in_features, out_features, dtype=dtype)
+        self.second = nn.Linear(out_features, 3, bias=False, dtype=dtype)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+class Oracle:
+    """The paper's layer y = sum_i U_i diag(S_i) R_i x_i + bias in float64, from a plain SVD; S and R trained."""
+
+    def __init__(self, layer, block_size):
+        self.bias = layer.bias.detach().double()
+        self.left, self.singular_values, self.cores = [], [], []
+        for block in layer.weight.detach().double().split(block_size, dim=1):
+            left, singular_values, right = torch.linalg.svd(block, full_matrices=False)
+            self.left.append(left)
+            self.singular_values.append(singular_values.requires_grad_())
+            self.cores.append(right.contiguous().requires_grad_())
+
+    def parameters(self):
+        return [*self.singular_values, *self.cores]
+
+    def weight(self):
+        parts = zip(self.left, self.singular_values, self.cores, strict=True)
+        return torch.cat([left @ torch.diag(s) @ core for left, s, core in parts], dim=1)
+
+    def __call__(self, x):
+        return x @ self.weight().T + self.bias
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("block_size", ["auto", "full", 4])
+@pytest.mark.parametrize(("in_features", "out_features"), SHAPES)
+def test_merged_weight_after_five_steps_equals_the_float64_oracle(
+    in_features, out_features, block_size, optimizer_class
+):
+    base = nn.Sequential(nn.Linear(in_features, out_features))
+    model = get_peft_model(copy.deepcopy(base), FuraConfig(target_modules=["0"], block_size=block_size))
+    layer = model.base_model.model[0]
+    oracle = Oracle(base[0], layer.fura_core["default"].delta_r.shape[-1])
+    # The oracle's SVD may differ from ours by column signs; AdamW's element-wise steps are equal under a sign flip.
+    steps = {"lr": 1e-2} | ({"weight_decay": 0.0} if optimizer_class is torch.optim.AdamW else {})
+    optimizers = [
+        optimizer_class([p for p in model.parameters() if p.requires_grad], **steps),
+        optimizer_class(oracle.parameters(), **steps),
+    ]
+    x, target = torch.randn(32, in_features), torch.randn(32, out_features)
+    for _ in range(5):
+        losses = [((model(x) - target) ** 2).mean(), ((oracle(x.double()) - target.double()) ** 2).mean()]
+        for loss, optimizer in zip(losses, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    merged = model.merge_and_unload()[0].weight
+    assert relative_error(base[0].weight, oracle.weight()) > 1e-3, "the steps must have moved the weight"
+    assert relative_error(merged, oracle.weight()) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_output_at_the_start_is_bit_for_bit_the_base_models(dtype):
+    base = TwoLayers(dtype=dtype)
+    x = torch.randn(7, 24, dtype=dtype)
+    expected = base(x)
+    assert torch.equal(get_peft_model(base, FuraConfig(target_modules=["first", "second"]))(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_equals_forward_and_unmerge_restores_every_bit(dtype):
+    base = TwoLayers(dtype=dtype)
+    model = get_peft_model(base, FuraConfig(target_modules=["first"], init_weights=False))
+    layer = model.base_model.model.first
+    before = layer.base_layer.weight.detach().clone()
+    x = torch.randn(7, 24, dtype=dtype)
+    adapted = model(x)
+    model.merge_adapter()
+    assert not torch.equal(layer.base_layer.weight, before)
+    assert relative_error(model(x), adapted) < TOLERANCE[dtype]
+    model.unmerge_adapter()
+    assert torch.equal(layer.base_layer.weight, before)
+    with model.disable_adapter():
+        assert torch.equal(layer(x), torch.nn.functional.linear(x, before, layer.base_layer.bias))
+
+
+def test_two_active_adapters_add_their_updates():
+    model = get_peft_model(TwoLayers(), FuraConfig(target_modules=["first"], init_weights=False))
+    model.add_adapter("other", FuraConfig(target_modules=["first"], init_weights=False, block_size=4))
+    layer = model.base_model.model.first
+    layer.set_adapter(["default", "other"])
+    x = torch.randn(7, 24)
+    weight = layer.base_layer.weight + layer.get_delta_weight("default") + layer.get_delta_weight("other")
+    assert relative_error(layer(x), torch.nn.functional.linear(x, weight, layer.base_layer.bias)) < 1e-5
+
+
+@pytest.mark.parametrize("save_basis", [True, False])
+def test_a_saved_adapter_gives_the_same_outputs_when_loaded(tmp_path, save_basis):
+    base = TwoLayers()
+    model = get_peft_model(
+        copy.deepcopy(base), FuraConfig(target_modules=["first"], init_weights=False, save_basis=save_basis)
+    )
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    x = torch.randn(7, 24)
+    assert relative_error(loaded(x), model(x)) < TOLERANCE[torch.float32]
+
+
+def test_adapter_file_holds_twice_the_trained_numbers_with_the_basis_and_little_more_than_once_without(tmp_path):
+    sizes = {}
+    for save_basis in (True, False):
+        config = FuraConfig(target_modules=["first"], save_basis=save_basis)
+        model = get_peft_model(TwoLayers(256, 256), config)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        model.save_pretrained(tmp_path / str(save_basis))
+        stored = (tmp_path / str(save_basis) / "adapter_model.safetensors").stat().st_size
+        sizes[save_basis] = stored / (4 * trained)
+    assert sizes[True] == pytest.approx(2.0, abs=0.05)
+    assert sizes[False] == pytest.approx(1.0, abs=0.1)
+
+
+def test_an_adapter_without_basis_is_refused_on_another_base(tmp_path):
+    model = get_peft_model(TwoLayers(), FuraConfig(target_modules=["first"], save_basis=False))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="do not match this base weight"):
+        PeftModel.from_pretrained(TwoLayers(), tmp_path)
+
+
+def test_the_basis_stays_in_float32_when_the_model_is_cast():
+    model = get_peft_model(TwoLayers(), FuraConfig(target_modules=["first"]))
+    core = model.base_model.model.first.fura_core["default"]
+    basis = core.basis_v.clone()
+    model.to(torch.bfloat16)
+    assert core.delta_r.dtype == torch.bfloat16
+    assert core.basis_v.dtype == torch.float32
+    assert torch.equal(core.basis_v, basis)
+
+
+def test_default_targets_of_qwen3_are_the_papers_seven_projections(tied_checkpoint):
+    from transformers import AutoModelForCausalLM
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tied_checkpoint), FuraConfig())
+    adapted = {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad and "delta_r" in name}
+    projections = {n.rpartition(".")[2] for n, m in model.named_modules() if type(m).__name__ == "FuraLinear"}
+    assert projections == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert adapted == {"fura_core"}
+
+
+def test_a_block_size_that_does_not_divide_names_layer_sizes_and_mend():
+    with pytest.raises(ValueError, match=r"block_size=7 does not divide in_features=24 of first; use one of 4, 6, 8"):
+        get_peft_model(TwoLayers(), FuraConfig(target_modules=["first"], block_size=7))
+
+
+def test_targets_that_match_nothing_are_refused():
+    with pytest.raises(ValueError, match="nonexistent"):
+        get_peft_model(TwoLayers(), FuraConfig(target_modules=["nonexistent"]))
+
+
+def test_all_faults_of_a_config_come_in_one_message():
+    with pytest.raises(ValueError, match="basis='pca' is not one of.*block_axis='out' is not built yet.*block_size=0"):
+        FuraConfig(block_axis="out", basis="pca", block_size=0)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"block_axis": "out"},
+        {"train_core": "large"},
+        {"singular_values": "split"},
+        {"basis": "qr"},
+        {"form": "core"},
+        {"quantize_core": "nf4"},
+        {"block_size": "head"},
+    ],
+)
+def test_settings_that_are_not_built_yet_are_refused_by_name(setting):
+    with pytest.raises(ValueError, match=f"{next(iter(setting))}=.* is not built yet"):
+        FuraConfig(**setting)
+
+
+def test_modules_fura_cannot_adapt_are_refused_by_name():
+    model = nn.Sequential()
+    model.add_module("table", nn.Embedding(5, 4))
+    with pytest.raises(TypeError, match=r"table is a Embedding; FuRA adapts torch\.nn\.Linear only"):
+        get_peft_model(model, FuraConfig(target_modules=["table"]))
+
+
+def test_non_finite_base_weights_are_refused():
+    model = TwoLayers()
+    model.first.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="first has non-finite values"):
+        get_peft_model(model, FuraConfig(target_modules=["first"]))
+
+
+def test_prime_dimensions_warn_and_rank_deficient_blocks_are_counted():
+    with pytest.warns(UserWarning, match="in_features=13 has no factor pair"):
+        get_peft_model(TwoLayers(13, 16), FuraConfig(target_modules=["first"]))
+    model = TwoLayers()
+    model.first.weight.data[:, 0] = 0
+    with pytest.warns(UserWarning, match="1 block directions have no pretrained column"):
+        get_peft_model(model, FuraConfig(target_modules=["first"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        get_peft_model(TwoLayers(), FuraConfig(target_modules=["first"]))

@@ -1,0 +1,167 @@
+"""Weight sync into a real vLLM engine of this process: parity after many syncs, and alarms when something is wrong."""
+
+import logging
+
+import pytest
+import torch
+from conftest import PARITY_NATS, perturb_trained
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig
+
+from fura_rl.adapters.registry import METHODS, peft_config_for
+from fura_rl.sync import probe
+from fura_rl.sync.vllm_engine import InProcessEngine, find_model_runner
+from fura_rl.sync.weight_sync import UpdateCosine, WeightSync, owner
+
+PROMPT = "<|user|>What is 27 + 15?<|end|><|assistant|>27+15=42 \\boxed{42}"
+
+
+@pytest.fixture(scope="module")
+def engines(tied_checkpoint, untied_checkpoint, bfloat16_checkpoint):
+    """One live engine per checkpoint, started when first asked for."""
+    from vllm import LLM
+
+    folders = {"tied": tied_checkpoint, "untied": untied_checkpoint, "bfloat16": bfloat16_checkpoint}
+    started = {}
+
+    def get(name):
+        if name not in started:
+            llm = LLM(
+                str(folders[name]),
+                dtype="bfloat16" if name == "bfloat16" else "float32",
+                enforce_eager=True,
+                gpu_memory_utilization=0.02,
+                max_model_len=128,
+                disable_log_stats=True,
+            )
+            started[name] = InProcessEngine(llm)
+        return started[name], folders[name]
+
+    return get
+
+
+def make_sync(engine, folder, adapter, targets=None, dtype=torch.float32):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    config = peft_config_for(adapter, ModelConfig(), targets, None)
+    policy = model if config is None else get_peft_model(model, config)
+    tokens = AutoTokenizer.from_pretrained(folder)(PROMPT)["input_ids"]
+    sync = WeightSync(policy, engine, tokens)
+    sync.sync(everything=True)  # engines are shared between tests: start from this policy's own weights
+    return policy, sync
+
+
+@pytest.mark.parametrize("checkpoint", ["tied", "untied"])
+@pytest.mark.parametrize("adapter", METHODS)
+def test_engine_and_trainer_agree_after_many_syncs(engines, checkpoint, adapter):
+    policy, sync = make_sync(*engines(checkpoint), adapter)
+    start = probe.trainer_logprobs(policy, sync.probe_token_ids)
+    for step in range(20):
+        perturb_trained(policy, 0.05, seed=step)
+        report = sync.sync()
+        assert report.probe_max_gap < PARITY_NATS
+        assert report.update_cosine == pytest.approx(1.0)
+    assert probe.max_gap(start, probe.trainer_logprobs(policy, sync.probe_token_ids)) > 0.1, "the policy must move"
+
+
+def test_a_fused_module_arrives_whole_when_only_one_member_is_adapted(engines):
+    policy, sync = make_sync(*engines("untied"), "fura", targets=["q_proj", "up_proj"])
+    for step in range(5):
+        perturb_trained(policy, 0.2, seed=step)
+        report = sync.sync()
+        assert report.probe_max_gap < PARITY_NATS
+    attention = policy.base_model.model.model.layers[0].self_attn
+    mlp = policy.base_model.model.model.layers[0].mlp
+    members = [attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj]
+    expected = 2 * 4 * sum(module.weight.numel() for module in members)  # 2 layers, float32
+    assert report.payload_bytes == expected, "nothing but the adapted modules and their fused siblings is sent"
+
+
+def test_a_bfloat16_base_is_bit_identical_after_a_thousand_syncs(engines):
+    policy, sync = make_sync(*engines("bfloat16"), "fura", dtype=torch.bfloat16)
+    before = {name: p.detach().clone() for name, p in policy.named_parameters() if not p.requires_grad}
+    sync.probe_every = 100
+    for step in range(1000):
+        if step % 50 == 0:
+            perturb_trained(policy, 0.05, seed=step)
+        sync.sync()
+    for name, p in policy.named_parameters():
+        if not p.requires_grad:
+            assert torch.equal(p, before[name]), name
+
+
+def test_update_cosine_falls_when_the_engine_dtype_swallows_the_update(engines):
+    policy, sync = make_sync(*engines("bfloat16"), "fura", dtype=torch.bfloat16)
+    cosines = []
+    for scale in (1e-4, 1e-1):
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=scale / parameter.shape[-1] ** 0.5)
+        cosines.append(sync.sync().update_cosine)
+    assert cosines[0] < 0.6 < 0.95 < cosines[1]
+
+
+def test_update_cosine_is_the_cosine():
+    cosine, exact, delivered = UpdateCosine(), torch.randn(3, 4), torch.randn(3, 4)
+    assert cosine.value() == 1.0
+    for row in range(3):
+        cosine.add(exact[row], delivered[row])
+    expected = torch.nn.functional.cosine_similarity(exact.flatten(), delivered.flatten(), dim=0)
+    assert cosine.value() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_sync_that_does_not_arrive_is_named_stale(engines, monkeypatch):
+    policy, sync = make_sync(*engines("tied"), "fura")
+    perturb_trained(policy, 0.2, seed=0)
+    monkeypatch.setattr(sync.engine, "load", lambda weights: list(weights))
+    with pytest.raises(probe.StaleEngineError, match="still serves the weights of the sync before"):
+        sync.sync()
+
+
+def test_one_layer_left_out_of_the_sync_stops_the_run(engines, monkeypatch):
+    policy, sync = make_sync(*engines("tied"), "fura")
+    perturb_trained(policy, 0.2, seed=0)
+    load = sync.engine.load
+    without = ".mlp.down_proj."
+    monkeypatch.setattr(sync.engine, "load", lambda weights: load(w for w in weights if without not in w[0]))
+    with pytest.raises(probe.StaleEngineError, match=r"differ by .* nats at probe token .*a part of the weights"):
+        sync.sync()
+
+
+def test_a_stale_tied_output_head_stops_the_run(engines, monkeypatch):
+    policy, sync = make_sync(*engines("tied"), "full")
+    perturb_trained(policy, 0.2, seed=0)
+    monkeypatch.setattr(sync.engine, "_repack_tied_output_head", lambda: None)
+    with pytest.raises(probe.StaleEngineError):
+        sync.sync()
+
+
+def test_non_finite_weights_stop_the_run_and_the_engine_recovers(engines):
+    policy, sync = make_sync(*engines("tied"), "fura")
+    core = next(p for p in policy.parameters() if p.requires_grad)
+    with torch.no_grad():
+        core.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"q_proj\.weight are not finite"):
+        sync.sync()
+    with torch.no_grad():
+        core.zero_()
+    assert sync.sync().probe_max_gap < PARITY_NATS
+
+
+def test_vllms_warnings_about_partial_reloads_are_silenced_only_during_a_sync(engines, caplog):
+    _, sync = make_sync(*engines("tied"), "fura")
+    logger = logging.getLogger("vllm.v1.worker.gpu_model_runner")
+    level = logger.level
+    sync.sync()
+    assert logger.level == level
+
+
+def test_owner_of_a_fused_member_is_the_fused_module():
+    fused = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    assert owner("model.layers.0.self_attn.k_proj", fused) == "model.layers.0.self_attn.qkv_proj"
+    assert owner("model.layers.0.self_attn.o_proj", fused) == "model.layers.0.self_attn.o_proj"
+
+
+def test_an_engine_of_another_layout_is_refused_with_the_versions_read():
+    with pytest.raises(RuntimeError, match=r"fura_rl reads vLLM 0\.31.*VLLM_ENABLE_V1_MULTIPROCESSING=0"):
+        find_model_runner(object())
