@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fura_rl.data import encode_prompts
 from fura_rl.evaluation.estimators import pass_at_k
 from rewards import grade
@@ -81,6 +83,10 @@ def evaluate(
 ) -> Evaluation:
     """Sample `sampling.n` completions for every prompt and grade each with the reward's own grader.
 
+    The same seed gives the same samples; the caller's random state is left as it was.  The engine of this process
+    draws from torch's global generator: a seed per request fails on CPU where a prompt is prefilled in chunks (vLLM
+    0.31 asks the CPU generator for an offset).
+
     Raises:
         ValueError: where there are no prompts, or their number differs from that of the golds.
     """
@@ -93,11 +99,12 @@ def evaluate(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         max_tokens=sampling.max_tokens,
-        seed=sampling.seed if sampling.temperature > 0 else None,
         stop_token_ids=stop_token_ids,
     )
     requests = [{"prompt_token_ids": ids} for ids in encode_prompts(prompts, tokenizer)]
-    outputs = llm.generate(requests, params, use_tqdm=progress)
+    with torch.random.fork_rng():
+        torch.manual_seed(sampling.seed)
+        outputs = llm.generate(requests, params, use_tqdm=progress)
     samples = []
     for index, (output, gold) in enumerate(zip(outputs, golds, strict=True)):
         for completion in output.outputs:
