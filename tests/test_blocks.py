@@ -50,9 +50,7 @@ def test_rank_deficient_directions_are_counted_and_stay_still():
 
 def test_update_is_exactly_zero_at_the_start():
     basis = blocks.spectral_basis(torch.randn(16, 12), 4)
-    update = blocks.block_update(
-        torch.zeros(3, 4, 4), torch.zeros(3, 4), basis.right_vectors, basis.singular_values
-    )
+    update = blocks.block_update(torch.zeros(3, 4, 4), torch.zeros(3, 4), basis.right_vectors, basis.singular_values)
     assert torch.equal(update, torch.zeros(3, 4, 4))
 
 

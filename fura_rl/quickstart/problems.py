@@ -10,7 +10,7 @@ Nothing here imports torch; the splits are disjoint by construction (see `split_
 from __future__ import annotations
 
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 MAX_OPERAND = 59  # both operands are drawn from 10..MAX_OPERAND
 SPLITS = ("train", "validation", "test")
@@ -114,9 +114,3 @@ def sloppy_solution(problem: Problem, rng: random.Random) -> str:
     if rng.random() < FORGOTTEN_CARRY_RATE:
         result = without_carry(a, op, b)
     return write_solution(a, op, b, result, boxed=rng.random() >= MISSING_BOX_RATE)
-
-
-def problem_table(split: str, count: int, seed: int) -> list[dict[str, object]]:
-    """The same problems as plain dictionaries with their operands, for analysis."""
-    rng = random.Random(f"{split}-{seed}")
-    return [asdict(sample_problem(rng, split)) for _ in range(count)]
