@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -37,7 +38,7 @@ def test_a_missing_model_path(tmp_path):
 
 def test_a_misspelt_yaml_key(tmp_path):
     config = tmp_path / "mine.yaml"
-    settings = yaml.safe_load(open(QUICKSTART).read())
+    settings = yaml.safe_load(Path(QUICKSTART).read_text())
     settings["lerning_rate"] = settings.pop("learning_rate")
     config.write_text(yaml.safe_dump(settings))
     error = refused(launch("--config", config))

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,7 +11,7 @@ from conftest import REPOSITORY
 
 from fura_rl.config import HELP_GROUPS, help_text, parse_arguments
 
-CONFIGS = sorted((REPOSITORY / "configs").glob("q*/*.yaml")) + [REPOSITORY / "configs" / "quickstart.yaml"]
+CONFIGS = [*sorted((REPOSITORY / "configs").glob("q*/*.yaml")), REPOSITORY / "configs" / "quickstart.yaml"]
 QUICKSTART = str(REPOSITORY / "configs" / "quickstart.yaml")
 CPU = ["--use_cpu", "true", "--bf16", "false"]
 
@@ -49,7 +50,7 @@ def test_the_command_line_wins_over_yaml():
     run = parse_arguments(["--config", QUICKSTART, "--learning_rate", "0.5", "--adapter=lora", *CPU])
     assert run.training.learning_rate == 0.5
     assert run.script.adapter == "lora"
-    assert run.training.max_steps == yaml.safe_load(open(QUICKSTART).read())["max_steps"]
+    assert run.training.max_steps == yaml.safe_load(Path(QUICKSTART).read_text())["max_steps"]
 
 
 def test_the_quickstart_is_read_when_no_model_is_named():
@@ -60,8 +61,10 @@ def test_the_quickstart_is_read_when_no_model_is_named():
 
 def test_lists_booleans_and_json():
     run = parse_arguments(
-        ["--config", QUICKSTART, "--adapter_target_modules", "q_proj", "v_proj", "--log_completions", "true"]
-        + ["--adapter_kwargs", '{"block_size": 32}', "--vllm_enable_sleep_mode", "false"]
+        [
+            *("--config", QUICKSTART, "--adapter_target_modules", "q_proj", "v_proj", "--log_completions", "true"),
+            *("--adapter_kwargs", '{"block_size": 32}', "--vllm_enable_sleep_mode", "false"),
+        ]
     )
     assert run.script.adapter_target_modules == ["q_proj", "v_proj"]
     assert run.script.adapter_kwargs == {"block_size": 32}

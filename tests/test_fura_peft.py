@@ -173,7 +173,7 @@ def test_targets_that_match_nothing_are_refused():
 
 
 def test_all_faults_of_a_config_come_in_one_message():
-    with pytest.raises(ValueError, match="basis='pca' is not one of.*block_axis='out' is not built yet.*block_size=0"):
+    with pytest.raises(ValueError, match=r"basis='pca' is not one of.*block_axis='out' is not built yet.*block_size=0"):
         FuraConfig(block_axis="out", basis="pca", block_size=0)
 
 
