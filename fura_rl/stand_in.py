@@ -18,7 +18,7 @@ NARROW = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 16,
+    "head_dim": 32,  # the smallest that every attention kernel of the CPU engine takes
     "max_position_embeddings": 512,
     "max_window_layers": 2,
 }

@@ -24,7 +24,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from fura_rl.data import encode_prompts
 from fura_rl.sync import probe
-from fura_rl.sync.vllm_engine import InProcessEngine
+from fura_rl.sync.vllm_engine import InProcessEngine, cpu_cache_settings
 from fura_rl.sync.weight_sync import SyncReport, WeightSync
 
 TRL_VERSIONS_READ = "1.16"
@@ -69,7 +69,10 @@ class FuraGRPOTrainer(GRPOTrainer):
 
         enforce_eager = getattr(self.args, "vllm_enforce_eager", None)
         kwargs["dtype"] = getattr(self.args, "vllm_dtype", None) or str(self.compute_dtype).removeprefix("torch.")
-        kwargs["enforce_eager"] = self.accelerator.device.type == "cpu" if enforce_eager is None else enforce_eager
+        on_cpu = self.accelerator.device.type == "cpu"
+        kwargs["enforce_eager"] = on_cpu if enforce_eager is None else enforce_eager
+        if on_cpu:
+            kwargs |= cpu_cache_settings(kwargs["gpu_memory_utilization"])
         kwargs["revision"] = (self.args.model_init_kwargs or {}).get("revision")
         kwargs["seed"] += self.args.seed  # TRL seeds every run's engine alike, so seeds would share their rollouts
         kwargs["disable_log_stats"] = True

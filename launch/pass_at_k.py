@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
         checkpoint = servable_checkpoint(args.model, args.base_model, Path(scratch))
         problems = load_problems(benchmark, checkpoint, args.max_problems)
-        llm = start_engine(checkpoint, args.dtype, args.gpu_memory_utilization, args.max_tokens, args.seed)
+        llm = start_engine(checkpoint, args.dtype, args.gpu_memory_utilization, args.seed)
         result = score(llm, problems, args)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -39,7 +39,7 @@ def make_tiny_checkpoint(folder: Path, *, tied: bool, dtype: torch.dtype = torch
     tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)
     config = Qwen3Config.from_pretrained(BASE_MODEL)
     config.tie_word_embeddings = tied
-    settings = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16} | overrides
+    settings = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32} | overrides
     for name, value in settings.items():
         setattr(config, name, value)
     config.layer_types = ["full_attention"] * config.num_hidden_layers
@@ -49,6 +49,8 @@ def make_tiny_checkpoint(folder: Path, *, tied: bool, dtype: torch.dtype = torch
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "embed" not in name:
                 parameter.mul_(4.0)
+        if tied:  # the head is the embedding, so its logits are peaked through the last norm
+            model.model.norm.weight.mul_(4.0)
     model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -56,7 +56,7 @@ def test_a_dataset_without_a_gold_column(tmp_path):
 def test_a_block_size_that_does_not_divide(tmp_path):
     error = refused(launch("--config", QUICKSTART, "--adapter_kwargs", '{"block_size": 48}', "--output_dir", tmp_path))
     assert "block_size=48 does not divide in_features=128" in error
-    assert "use one of 32, 64" in error
+    assert "use one of 16, 32, 64" in error
 
 
 def test_target_modules_that_match_nothing(tmp_path):

@@ -86,8 +86,10 @@ def test_a_failing_merge_leaves_the_base_weight_and_the_adapter_as_they_were(tie
 
 def test_trained_weights_beside_adapters_are_sent_too(tied_checkpoint):
     model = AutoModelForCausalLM.from_pretrained(tied_checkpoint)
-    config = peft_config_for("lora", ModelConfig(), ["q_proj"], {"modules_to_save": ["norm"]})
+    config = peft_config_for("lora", ModelConfig(), ["q_proj"], {"modules_to_save": ["mlp.gate_proj"]})
     policy = get_peft_model(model, config)
     trained = {weight.name for weight in checkpoint_weights(policy) if weight.trained}
     layers = model.config.num_hidden_layers
-    assert trained == {*(f"model.layers.{i}.self_attn.q_proj.weight" for i in range(layers)), "model.norm.weight"}
+    assert trained == {
+        f"model.layers.{i}.{name}.weight" for i in range(layers) for name in ("self_attn.q_proj", "mlp.gate_proj")
+    }

@@ -31,7 +31,7 @@ def engines(tied_checkpoint, untied_checkpoint, bfloat16_checkpoint):
                 str(folders[name]),
                 dtype="bfloat16" if name == "bfloat16" else "float32",
                 enforce_eager=True,
-                gpu_memory_utilization=0.02,
+                kv_cache_memory_bytes=64 * 2**20,
                 max_model_len=128,
                 disable_log_stats=True,
             )

@@ -10,6 +10,7 @@ from fura_rl.data import load_splits, pick_split, prepare
 from fura_rl.evaluation.benchmarks.benchmark import Benchmark
 from fura_rl.evaluation.sampling import Evaluation, Sampling, evaluate
 from fura_rl.report import environment
+from fura_rl.sync.vllm_engine import cpu_cache_settings
 
 if TYPE_CHECKING:
     import argparse
@@ -51,19 +52,21 @@ def load_problems(benchmark: Benchmark, checkpoint: str, max_problems: int | Non
     return Problems(list(prepared["prompt"]), list(prepared["answer"]), tokenizer)
 
 
-def start_engine(checkpoint: str, dtype: str, memory_utilization: float | None, max_tokens: int, seed: int) -> LLM:
-    """A vLLM engine in this process, with room for `max_tokens` where the model's context allows it."""
+def start_engine(checkpoint: str, dtype: str, memory_utilization: float | None, seed: int) -> LLM:
+    """A vLLM engine in this process."""
     from vllm import LLM
     from vllm.platforms import current_platform
 
     on_cpu = current_platform.is_cpu()
+    memory_utilization = memory_utilization or (0.1 if on_cpu else 0.9)
     return LLM(
         model=checkpoint,
         dtype=dtype,
         seed=seed,
         enforce_eager=on_cpu,
-        gpu_memory_utilization=memory_utilization or (0.1 if on_cpu else 0.9),
+        gpu_memory_utilization=memory_utilization,
         disable_log_stats=True,
+        **(cpu_cache_settings(memory_utilization) if on_cpu else {}),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -70,6 +71,19 @@ class InProcessEngine:
         [output] = self.llm.generate([{"prompt_token_ids": list(token_ids)}], params, use_tqdm=False)
         entries = zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)
         return torch.tensor([entry[token].logprob if entry else math.nan for entry, token in entries])
+
+
+def cpu_cache_settings(memory_utilization: float) -> dict[str, int]:
+    """The key-value cache of a CPU engine as `LLM` arguments: this share of the machine's memory, at most 4 GiB.
+
+    Given outright because vLLM's CPU worker subtracts what the whole process holds, the trainer included, from its
+    share, and finds nothing left on a small machine.  VLLM_CPU_KVCACHE_SPACE (in GiB), where set, wins.
+    """
+    import psutil
+
+    if "VLLM_CPU_KVCACHE_SPACE" in os.environ:
+        return {}
+    return {"kv_cache_memory_bytes": min(int(memory_utilization * psutil.virtual_memory().total), 4 * 2**30)}
 
 
 def find_model_runner(llm: LLM) -> object:
