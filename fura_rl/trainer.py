@@ -203,7 +203,10 @@ def take_over(trainer: GRPOTrainer) -> Any:
 
 
 class SaveOnInterrupt(TrainerCallback):
-    """Ctrl-C or SIGTERM ends the run after the step in progress, with a checkpoint; a second one ends it at once."""
+    """Ctrl-C or SIGTERM ends the run after the step in progress, with a checkpoint; a second Ctrl-C ends it at once.
+
+    A SIGTERM after a Ctrl-C is no second request: `accelerate launch` dies of the first and takes its child along.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -216,10 +219,12 @@ class SaveOnInterrupt(TrainerCallback):
             self._previous[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.received is not None:
+        if self.received == number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number
-        print(f"\n{signal.Signals(number).name}: finishing this step, then saving a checkpoint; once more to stop now")
+        if self.received is None:
+            self.received = number
+            name = signal.Signals(number).name
+            print(f"\n{name}: finishing this step, then saving a checkpoint; Ctrl-C once more to stop now", flush=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.received is not None:

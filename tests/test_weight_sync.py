@@ -61,7 +61,9 @@ def test_engine_and_trainer_agree_after_many_syncs(engines, checkpoint, adapter)
         report = sync.sync()
         assert report.probe_max_gap < PARITY_NATS
         assert report.update_cosine == pytest.approx(1.0)
-    assert probe.max_gap(start, probe.trainer_logprobs(policy, sync.probe_token_ids)) > 0.1, "the policy must move"
+    assert probe.max_gap(start, probe.trainer_logprobs(policy, sync.probe_token_ids)) > 100 * PARITY_NATS, (
+        "it must move"
+    )
 
 
 def test_a_fused_module_arrives_whole_when_only_one_member_is_adapted(engines):
