@@ -85,9 +85,12 @@ def print_summary(summary: RunSummary) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"adapter {summary.adapter}, {summary.trained_parameters:,} of "
-                        f"{summary.total_parameters:,} parameters trained", title_justify="left")  # fmt: skip
+    console = Console()
+    console.print(
+        f"adapter {summary.adapter}, {summary.trained_parameters:,} of {summary.total_parameters:,} parameters trained"
+    )
     if summary.before and summary.after:
+        table = Table()
         table.add_column("held-out accuracy")
         table.add_column("before", justify="right")
         table.add_column("after", justify="right")
@@ -96,14 +99,14 @@ def print_summary(summary: RunSummary) -> None:
         table.add_row("pass@1 (sampled)", f"{summary.before.pass_at_1:.3f}", f"{summary.after.pass_at_1:.3f}")
         table.add_row(f"pass@{samples}", f"{summary.before.pass_at_k:.3f}", f"{summary.after.pass_at_k:.3f}")
         table.caption = f"{summary.after.problems} held-out problems, {samples} samples each"
-        Console().print(table)
+        console.print(table)
     phases = Table(title=f"{summary.steps} steps in {summary.total_seconds:.0f} s", title_justify="left")
     phases.add_column("phase")
     phases.add_column("seconds", justify="right")
     phases.add_column("share", justify="right")
     for phase, seconds in summary.phase_seconds.items():
         phases.add_row(phase, f"{seconds:.1f}", f"{seconds / max(summary.total_seconds, 1e-9):.0%}")
-    Console().print(phases)
+    console.print(phases)
 
 
 def plot_rewards(path: Path, rewards: Sequence[float], summary: RunSummary) -> None:

@@ -177,7 +177,7 @@ def test_pefts_own_tests_pass_on_fura(tmp_path):
         "PEFT_CONF_SUITES": "custom,config",
     }
     done = subprocess.run(
-        [sys.executable, str(runner), "-q", "-p", "no:cacheprovider"],
+        [sys.executable, str(runner), "-p", "no:cacheprovider"],
         capture_output=True, text=True, timeout=900, cwd=tmp_path, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
