@@ -98,8 +98,8 @@ def print_summary(summary: RunSummary) -> None:
         table.add_row("greedy", f"{summary.before.greedy:.3f}", f"{summary.after.greedy:.3f}")
         table.add_row("pass@1 (sampled)", f"{summary.before.pass_at_1:.3f}", f"{summary.after.pass_at_1:.3f}")
         table.add_row(f"pass@{samples}", f"{summary.before.pass_at_k:.3f}", f"{summary.after.pass_at_k:.3f}")
-        table.caption = f"{summary.after.problems} held-out problems, {samples} samples each"
         console.print(table)
+        console.print(f"{summary.after.problems} held-out problems, {samples} samples each", highlight=False)
     phases = Table(title=f"{summary.steps} steps in {summary.total_seconds:.0f} s", title_justify="left")
     phases.add_column("phase")
     phases.add_column("seconds", justify="right")

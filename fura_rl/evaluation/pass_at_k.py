@@ -109,8 +109,10 @@ def print_result(result: dict[str, Any]) -> None:
         table.add_row(f"pass@{k}", f"{value:.3f}")
     table.add_row("cut at max_tokens", f"{result['truncated_frac']:.1%}")
     table.add_row("without a boxed answer", f"{result['no_answer_frac']:.1%}")
-    table.caption = (
+    conditions = (
         f"{result['problems']} problems, {sampling['n']} samples each, temperature {sampling['temperature']:g}, "
         f"top-p {sampling['top_p']:g}, max {sampling['max_tokens']} tokens"
     )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    console.print(conditions, highlight=False)
