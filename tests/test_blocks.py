@@ -19,55 +19,77 @@ def test_default_block_size_is_the_factor_pair_nearest_a_square_that_fits_the_ro
 
 
 @pytest.mark.parametrize(("out_features", "block_size"), [(24, 8), (6, 12), (12, 12)])
-def test_basis_agrees_with_a_float64_svd(out_features, block_size):
+def test_frame_agrees_with_a_float64_svd(out_features, block_size, monkeypatch):
+    monkeypatch.setattr(blocks, "WORKSPACE_BYTES", 1)  # one block at a time: the batches must join in order
     weight = torch.randn(out_features, 24, dtype=torch.float64)
-    basis = blocks.spectral_basis(weight, block_size)
+    frame = blocks.svd_frame(weight, block_size)
     for i, block in enumerate(weight.split(block_size, dim=1)):
         _, singular_values, right = torch.linalg.svd(block, full_matrices=False)
-        assert torch.allclose(basis.singular_values[i], singular_values, rtol=1e-6)
-        overlap = (right @ basis.right_vectors[i]).abs()
+        assert torch.allclose(frame.singular_values[i], singular_values, rtol=1e-6)
+        overlap = (right @ frame.right[i]).abs()
         assert torch.allclose(overlap, torch.eye(len(right), dtype=torch.float64), atol=1e-6)
 
 
 def test_signs_are_fixed_so_that_two_conversions_agree():
-    basis = blocks.spectral_basis(torch.randn(16, 12), 4)
-    flipped = blocks.fix_signs(-basis.right_vectors)
-    assert torch.equal(flipped, basis.right_vectors)
+    frame = blocks.svd_frame(torch.randn(16, 12), 4)
+    assert torch.equal(blocks.fix_signs(-frame.right), frame.right)
+
+
+def update_of(frame, delta_r, delta_s):
+    change = blocks.core_change(frame.right, frame.singular_values, delta_r, delta_s, "train")
+    return blocks.block_update(change, frame.right, frame.singular_values)
 
 
 def test_rank_deficient_directions_are_counted_and_stay_still():
     weight = torch.randn(16, 8, dtype=torch.float64)
     weight[:, 3] = weight[:, 2]  # one direction of block 0 has no column
-    basis = blocks.spectral_basis(weight, 4)
-    assert basis.dropped == 1
-    update = blocks.block_update(
-        torch.randn(2, 4, 4).double(), torch.randn(2, 4).double(), basis.right_vectors, basis.singular_values
-    )
+    frame = blocks.svd_frame(weight, 4)
+    assert frame.dropped == 1
+    update = update_of(frame, torch.randn(2, 4, 4).double(), torch.randn(2, 4).double())
     assert torch.isfinite(update).all()
     missing = torch.tensor([0.0, 0.0, 1.0, -1.0], dtype=torch.float64) / 2**0.5  # the direction x with W_0 x = 0
     assert (missing @ update[0]).abs().max() < 1e-6
 
 
 def test_update_is_exactly_zero_at_the_start():
-    basis = blocks.spectral_basis(torch.randn(16, 12), 4)
-    update = blocks.block_update(torch.zeros(3, 4, 4), torch.zeros(3, 4), basis.right_vectors, basis.singular_values)
-    assert torch.equal(update, torch.zeros(3, 4, 4))
+    frame = blocks.svd_frame(torch.randn(16, 12), 4)
+    assert torch.equal(update_of(frame, torch.zeros(3, 4, 4), torch.zeros(3, 4)), torch.zeros(3, 4, 4))
 
 
 @pytest.mark.parametrize("block_size", [3, 4, 12])
 def test_base_form_is_the_papers_formula(block_size):
     """W_i (I + D_i) = U_i diag(S_i) R_i, the right side written from an SVD."""
     weight = torch.randn(16, 12, dtype=torch.float64)
-    basis = blocks.spectral_basis(weight, block_size)
+    frame = blocks.svd_frame(weight, block_size)
     n = 12 // block_size
     delta_r = 0.1 * torch.randn(n, block_size, block_size, dtype=torch.float64)
     delta_s = 0.1 * torch.randn(n, block_size, dtype=torch.float64)
-    update = blocks.block_update(delta_r, delta_s, basis.right_vectors, basis.singular_values)
-    folded = weight + blocks.fold_delta(weight, update)
+    update = update_of(frame, delta_r, delta_s)
+    folded = weight + blocks.fold(weight, update)
     for i, block in enumerate(weight.split(block_size, dim=1)):
-        left = block @ basis.right_vectors[i] / basis.singular_values[i]  # U_i
-        small_core = basis.right_vectors[i].T + delta_r[i]
-        expected = left @ torch.diag(basis.singular_values[i] + delta_s[i]) @ small_core
+        left = block @ frame.right[i] / frame.singular_values[i]  # U_i
+        small_core = frame.right[i].T + delta_r[i]
+        expected = left @ torch.diag(frame.singular_values[i] + delta_s[i]) @ small_core
         assert torch.allclose(folded[:, i * block_size : (i + 1) * block_size], expected, atol=1e-8)
     x = torch.randn(5, 12, dtype=torch.float64)
-    assert torch.allclose(blocks.apply_update(x, update, onto=x) @ weight.T, x @ folded.T, atol=1e-10)
+    assert torch.allclose(blocks.add_update(x, update) @ weight.T, x @ folded.T, atol=1e-10)
+
+
+@pytest.mark.parametrize("onto", [False, True])
+def test_add_update_has_the_gradients_of_the_plain_formula(onto):
+    x, target = torch.randn(2, 3, 12).double().requires_grad_(), torch.randn(2, 3, 12).double().requires_grad_()
+    update = torch.randn(3, 4, 4).double().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda *t: blocks.add_update(t[0], t[1], t[2] if onto else None), (x, update, target)
+    )
+    dense = torch.block_diag(*update)
+    assert torch.allclose(blocks.add_update(x, update, target if onto else None), (target if onto else x) + x @ dense.T)
+
+
+def test_the_random_basis_is_orthonormal_and_fits_by_least_squares():
+    weight = torch.randn(16, 8, dtype=torch.float64)
+    large, small = blocks.random_cores(weight, 4, seed=3)
+    for i in range(2):
+        left = large[:, 4 * i : 4 * i + 4]
+        assert torch.allclose(left.T @ left, torch.eye(4).double(), atol=1e-12)
+        assert torch.allclose(small[i], torch.linalg.lstsq(left, weight[:, 4 * i : 4 * i + 4]).solution, atol=1e-12)

@@ -1,36 +1,49 @@
-"""Block algebra of FuRA on plain tensors: block shapes, the spectral basis, the update matrix and the fold.
+"""Block algebra of FuRA on plain tensors: block shapes, frozen frames, the trained small core and the fold.
 
-Knows nothing of PEFT, layers or training.  Source: FuRA, arXiv 2605.22869, in base form: the frozen matrix is the
-pretrained weight itself, and everything trained enters through one small matrix per block.
+Knows nothing of PEFT, layers or training.  Source: FuRA, arXiv 2605.22869.  Everything is stated for column blocks;
+row blocks are the column blocks of the transposed weight, so a caller hands in that instead.
 
 Notation, used in every shape comment below:
-    W   (out, in)    pretrained weight, cut into n column blocks W_i of shape (out, b), n * b = in
-    U_i, S0_i, V0_i  thin SVD of W_i, of rank r = min(out, b)
-    D   (n, b, b)    block update; the adapted map is y = sum_i W_i (I + D_i) x_i
+    W   (out, in)     pretrained weight, cut into n column blocks W_i of shape (out, b), n * b = in
+    U_i, S0_i, V0_i   thin SVD of W_i, of rank r = min(out, b)
+    T   (n, r)        the part of S0 that stands with the small core (`core_scale`)
+    L   (out, n * r)  large core, L_i = W_i V0_i diag(1/T_i)
+    C   (n, r, b)     small core, C_i = diag(T_i) V0_i^T at the start; the adapted block is L_i C_i
+    D   (n, b, b)     block update of the base form, W_i (I + D_i) = L_i C_i
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 # A singular value below this fraction of its block's largest is numerically zero: W_i has no column to move along in
 # that direction, and dividing by it would amplify rounding noise.  1e-6 is ten float32 roundings.
 RANK_TOLERANCE = 1e-6
+WORKSPACE_BYTES = 256 * 2**20  # float64 copies made at once while a layer is converted
 
 
 @dataclass(frozen=True)
-class SpectralBasis:
-    """The frozen frame of one layer's column blocks, in float32 or wider.
+class Frame:
+    """The frozen frame of one layer's blocks, in float32 or wider.
 
+    `right` is V0 (n, b, r) of an SVD, each column's largest entry positive.  A frame without singular values keeps
+    what its form needs of the starting core C0: C0^T in core form, its pseudo-inverse in base form.
     `dropped` counts the directions without a pretrained column; their `singular_values` entry is exactly 0.
     """
 
-    right_vectors: torch.Tensor  # V0, (n, b, r); each column's largest entry is positive
-    singular_values: torch.Tensor  # S0, (n, r), descending within a block
-    dropped: int
+    right: torch.Tensor  # (n, b, r)
+    singular_values: torch.Tensor | None  # S0, (n, r), descending within a block
+    dropped: int = 0
+
+    def to(self, device: torch.device) -> Frame:
+        values = self.singular_values
+        return Frame(self.right.to(device), None if values is None else values.to(device), self.dropped)
 
 
 def divisors(number: int) -> list[int]:
@@ -50,72 +63,201 @@ def default_block_size(in_features: int, out_features: int) -> int:
     return square if square <= out_features else max(b for b in candidates if b <= out_features)
 
 
-def fix_signs(right_vectors: torch.Tensor) -> torch.Tensor:
+def fix_signs(right: torch.Tensor) -> torch.Tensor:
     """Flip each column of (n, b, r) so that its entry of largest magnitude is positive: an SVD leaves signs free."""
-    index = right_vectors.abs().argmax(dim=1, keepdim=True)
-    return right_vectors * right_vectors.gather(1, index).sign()
+    index = right.abs().argmax(dim=1, keepdim=True)
+    return right * right.gather(1, index).sign()
+
+
+def _block_batches(weight: torch.Tensor, block_size: int) -> Iterator[torch.Tensor]:
+    """The blocks of `weight` in float64, (some, out, b), a bounded number of bytes at a time."""
+    out_features, in_features = weight.shape
+    blocks = weight.detach().reshape(out_features, in_features // block_size, block_size).transpose(0, 1)
+    for batch in blocks.split(max(1, WORKSPACE_BYTES // (8 * out_features * block_size))):
+        yield batch.double()
 
 
 @torch.no_grad()
-def spectral_basis(weight: torch.Tensor, block_size: int) -> SpectralBasis:
-    """The basis (V0, S0) of every column block of `weight` (out, in), all blocks in one batch.
+def svd_frame(weight: torch.Tensor, block_size: int) -> Frame:
+    """The spectral frame (V0, S0) of every column block of `weight` (out, in).
 
     A tall block needs only the eigendecomposition of its b x b Gram matrix in float64 (U is never formed); a wide one
     the thin SVD.  Works in float64 and returns float32, or float64 for a float64 weight.
     """
-    out_features, in_features = weight.shape
-    n = in_features // block_size
-    blocks = weight.detach().double().reshape(out_features, n, block_size).transpose(0, 1)  # (n, out, b)
-    if block_size <= out_features:
-        eigenvalues, vectors = torch.linalg.eigh(blocks.mT @ blocks)
-        singular_values = eigenvalues.flip(-1).clamp_min(0).sqrt()
-        vectors = vectors.flip(-1)
-    else:
-        _, singular_values, transposed = torch.linalg.svd(blocks, full_matrices=False)
-        vectors = transposed.mT
+    values, vectors = [], []
+    for blocks in _block_batches(weight, block_size):
+        if block_size <= weight.shape[0]:
+            eigenvalues, eigenvectors = torch.linalg.eigh(blocks.mT @ blocks)
+            values.append(eigenvalues.flip(-1).clamp_min(0).sqrt())
+            vectors.append(eigenvectors.flip(-1))
+        else:
+            _, singular_values, transposed = torch.linalg.svd(blocks, full_matrices=False)
+            values.append(singular_values)
+            vectors.append(transposed.mT)
+    singular_values = torch.cat(values)
     zero = singular_values <= RANK_TOLERANCE * singular_values[:, :1]
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    return SpectralBasis(
-        right_vectors=fix_signs(vectors).to(dtype),
+    return Frame(
+        right=fix_signs(torch.cat(vectors)).to(dtype),
         singular_values=singular_values.masked_fill(zero, 0).to(dtype),
         dropped=int(zero.sum()),
     )
 
 
-def block_update(
-    delta_r: torch.Tensor,  # dR, (n, r, b), trained
-    delta_s: torch.Tensor,  # dS, (n, r), trained
-    right_vectors: torch.Tensor,  # V0, (n, b, r)
-    singular_values: torch.Tensor,  # S0, (n, r)
-) -> torch.Tensor:  # D, (n, b, b)
-    """D_i = V0_i diag(1/S0_i) (diag(S_i) R_i - diag(S0_i) V0_i^T) with S = S0 + dS, R = V0^T + dR.
-
-    Expanded so that nothing cancels: the bracket is diag(dS) V0^T + diag(S) dR, exactly 0 at the start.  Directions
-    with S0 = 0 stay still (pseudo-inverse).  Computed in float32 or wider, whatever the adapter is stored in.
-    """
-    dtype = torch.promote_types(torch.promote_types(delta_r.dtype, right_vectors.dtype), torch.float32)
-    delta_r, delta_s = delta_r.to(dtype), delta_s.to(dtype)
-    right_vectors, singular_values = right_vectors.to(dtype), singular_values.to(dtype)
-    inverse = torch.where(singular_values > 0, 1 / singular_values, 0)
-    core = delta_s.unsqueeze(-1) * right_vectors.mT + (singular_values + delta_s).unsqueeze(-1) * delta_r
-    return right_vectors @ (inverse.unsqueeze(-1) * core)
-
-
-def apply_update(x: torch.Tensor, update: torch.Tensor, onto: torch.Tensor) -> torch.Tensor:
-    """onto_i + D_i x_i for every block: x, onto (..., n * b) and D (n, b, b) to (..., n * b), in the dtype of x.
-
-    With onto = x this is (I + D) x.  Adding to x instead of multiplying by I + D keeps the small entries of D in 16-bit
-    types, and x itself bit for bit where D is 0.
-    """
-    n, b, _ = update.shape
-    x_blocks, onto_blocks = (t.reshape(-1, n, b).transpose(0, 1) for t in (x, onto))  # (n, tokens, b)
-    return torch.baddbmm(onto_blocks, x_blocks, update.to(x.dtype).mT).transpose(0, 1).reshape(x.shape)
+@torch.no_grad()
+def qr_cores(weight: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Thin QR of every block, L = [Q_1 ... Q_n] (out, n * r) and C0 (n, r, b) with a non-negative diagonal."""
+    large, small = [], []
+    for blocks in _block_batches(weight, block_size):
+        q, r = torch.linalg.qr(blocks)
+        signs = torch.diagonal(r, dim1=-2, dim2=-1).sign()
+        signs = torch.where(signs == 0, 1.0, signs)
+        large.append(q * signs.unsqueeze(-2))
+        small.append(signs.unsqueeze(-1) * r)
+    return _in_working_dtype(weight, large, small)
 
 
 @torch.no_grad()
-def fold_delta(weight: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-    """W_i D_i for every block, (out, in), out of place, in float32 or wider: what the adapter adds to the weight."""
-    n, b, _ = update.shape
-    dtype = torch.promote_types(torch.promote_types(weight.dtype, update.dtype), torch.float32)
-    blocks = weight.detach().to(dtype).reshape(weight.shape[0], n, b).transpose(0, 1)  # (n, out, b)
-    return (blocks @ update.to(dtype)).transpose(0, 1).reshape(weight.shape)
+def random_cores(weight: torch.Tensor, block_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random orthonormal L_i (out, r) with C0_i = L_i^T W_i fitted by least squares: the paper's control.
+
+    L_i C0_i is the projection of W_i on r random directions, so it is W_i only where r = out.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    large, small = [], []
+    for blocks in _block_batches(weight, block_size):
+        shape = (*blocks.shape[:-1], min(blocks.shape[-2:]))
+        q, _ = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64))
+        large.append(q.to(blocks.device))
+        small.append(large[-1].mT @ blocks)
+    return _in_working_dtype(weight, large, small)
+
+
+def _in_working_dtype(
+    weight: torch.Tensor, large: list[torch.Tensor], small: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.cat(large).transpose(0, 1).reshape(weight.shape[0], -1).to(dtype), torch.cat(small).to(dtype)
+
+
+def pseudo_inverse(values: torch.Tensor) -> torch.Tensor:
+    """1 / values, and 0 where a value is 0: directions without a pretrained column stay still."""
+    return torch.where(values > 0, 1 / values, 0)
+
+
+def core_scale(singular_values: torch.Tensor, treatment: str, train_core: str) -> torch.Tensor:
+    """T (n, r): what of S0 stands with the small core; the rest, S0 / T, is inside the large core.
+
+    Merged "into the frozen core" means the large one where the small one is trained, and the other way round.
+    """
+    merged_into_large = "merge_trained" if train_core == "large" else "merge_frozen"
+    if treatment == merged_into_large:
+        return (singular_values > 0).to(singular_values.dtype)
+    return singular_values.sqrt() if treatment == "split" else singular_values
+
+
+def core_change(
+    right: torch.Tensor,  # V0, (n, b, r)
+    singular_values: torch.Tensor | None,  # S0, (n, r)
+    delta_r: torch.Tensor | None,  # (n, r, b), trained; None where the small core is frozen
+    delta_s: torch.Tensor | None,  # dS, (n, r), trained; None where S is not
+    treatment: str,
+) -> torch.Tensor:  # C - C0, (n, r, b)
+    """The change of the small core that the trained tensors make; exactly 0 at the start.
+
+    With S kept apart ("train", "freeze") C = diag(S) R, so the change is diag(dS) V0^T + diag(S) dR, expanded so that
+    nothing cancels.  With S merged somewhere `delta_r` is the change of C itself.
+    """
+    kept = treatment in ("train", "freeze")
+    change = torch.zeros_like(right.mT) if delta_r is None else delta_r
+    if kept and delta_r is not None:
+        scale = singular_values if delta_s is None else singular_values + delta_s
+        change = scale.unsqueeze(-1) * delta_r
+    if delta_s is not None:
+        change = change + delta_s.unsqueeze(-1) * right.mT
+    return change
+
+
+def block_update(change: torch.Tensor, right: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """D_i = V0_i diag(1/T_i) (C_i - C0_i), (n, b, b); `scale` None where `right` is the pseudo-inverse of C0."""
+    return right @ (change if scale is None else pseudo_inverse(scale).unsqueeze(-1) * change)
+
+
+def starting_core(right: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """C0 (n, r, b) of a core form: diag(T) V0^T."""
+    return right.mT if scale is None else scale.unsqueeze(-1) * right.mT
+
+
+@torch.no_grad()
+def large_core(weight: torch.Tensor, right: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """L (out, n * r) of an SVD frame: L_i = W_i V0_i diag(1/T_i), in float32 or wider; U is never decomposed."""
+    return fold(weight, right * pseudo_inverse(scale).unsqueeze(-2))
+
+
+class _AddUpdate(torch.autograd.Function):
+    """onto + blockdiag(D) x in one strided batched product each way; saves x and the small D, nothing else.
+
+    The plain composition needs a copy of the blocks into a batch and back, and in the backward one more pass over an
+    activation to add the two gradients of x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, update: torch.Tensor, onto: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, update)
+        ctx.onto_is_x = onto is None
+        return _baddbmm(x if onto is None else onto, x, update.mT)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        x, update = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_x = grad_update = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _baddbmm(grad if ctx.onto_is_x else None, grad, update)
+        if ctx.needs_input_grad[1]:
+            n, b, _ = update.shape
+            grad_update = torch.bmm(_as_blocks(grad, n, b).mT, _as_blocks(x, n, b))
+        return grad_x, grad_update, None if ctx.onto_is_x else grad
+
+
+def _as_blocks(x: torch.Tensor, n: int, b: int) -> torch.Tensor:
+    """(..., n * b) as a strided view (n, tokens, b)."""
+    return x.reshape(-1, n, b).transpose(0, 1)
+
+
+def _baddbmm(onto: torch.Tensor | None, x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """onto + x_i @ matrices_i for every block, in the layout of x; `onto` None adds nothing."""
+    n, b, _ = matrices.shape
+    result = (
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        if onto is None
+        else onto.clone(memory_format=torch.contiguous_format)
+    )
+    _as_blocks(result, n, b).baddbmm_(_as_blocks(x, n, b), matrices, beta=0 if onto is None else 1)
+    return result
+
+
+def add_update(x: torch.Tensor, update: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
+    """onto_i + D_i x_i for every block: x, onto (..., n * b) and D (n, b, b) to (..., n * b), in the dtype of x.
+
+    `onto` None means x itself: (I + D) x.  Adding to x instead of multiplying by I + D keeps the small entries of D in
+    16-bit types, and x itself bit for bit where D is 0.
+    """
+    return _AddUpdate.apply(x, update.to(x.dtype), onto)
+
+
+def apply_core(x: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
+    """C_i x_i for every block: x (..., n * b) and C (n, r, b) to (..., n * r), in the dtype of x."""
+    n, r, b = core.shape
+    blocks = torch.bmm(x.reshape(-1, n, b).transpose(0, 1), core.to(x.dtype).mT)
+    return blocks.transpose(0, 1).reshape(*x.shape[:-1], n * r)
+
+
+@torch.no_grad()
+def fold(large: torch.Tensor, small: torch.Tensor) -> torch.Tensor:
+    """A_i M_i for every block: A (out, n * k) and M (n, k, b) to (out, n * b), out of place, in float32 or wider."""
+    n, k, b = small.shape
+    dtype = torch.promote_types(torch.promote_types(large.dtype, small.dtype), torch.float32)
+    blocks = large.detach().to(dtype).reshape(large.shape[0], n, k).transpose(0, 1)  # (n, out, k)
+    return (blocks @ small.to(dtype)).transpose(0, 1).reshape(large.shape[0], n * b)

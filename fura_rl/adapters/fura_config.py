@@ -1,4 +1,4 @@
-"""`FuraConfig`: every setting of FuRA, in PEFT's style.  Settings that are not built yet are refused here, by name."""
+"""`FuraConfig`: every setting of FuRA, in PEFT's style.  Meaningless combinations are refused, with the reason."""
 
 from __future__ import annotations
 
@@ -25,15 +25,6 @@ CHOICES = {
     "bias": ("none", "all", "fura_only"),
     "core_dtype": (None, "float32", "bfloat16", "float16"),
 }
-BUILT = {  # settings of which only some choices exist so far; the others are refused with this list
-    "block_axis": ("in",),
-    "train_core": ("small",),
-    "singular_values": ("train",),
-    "basis": ("svd",),
-    "form": ("base",),
-    "quantize_core": (None,),
-    "core_dtype": (None, "float32"),
-}
 NAMED_BLOCK_SIZES = ("auto", "head", "full")
 
 
@@ -49,20 +40,24 @@ class FuraConfig(PeftConfig):
         target_modules: names or regex of the modules to adapt, or "all-linear"; where None, the paper's seven
             projections for decoder models with those names, else PEFT's default for the architecture.
         block_axis: "in" cuts W into column blocks (the paper's `output_one_block`), "out" into row blocks.
-        block_size: columns per block; "auto" is the factor pair closest to a square, "full" one block (the paper's
-            SVD baseline), "head" one block per attention head.
-        train_core: which core is trained.
-        singular_values: what happens to S.
-        basis: where the frozen frame comes from.
+        block_size: size of a block along that axis; "auto" is the factor pair closest to a square, "full" one block
+            (the paper's SVD baseline), "head" one block per attention head, and "auto" where that does not divide.
+        block_size_pattern, block_axis_pattern: exceptions by module name or regex, as PEFT's `rank_pattern`.
+        train_core: "small" trains R (L of row blocks), "large" the other one, "both" both; the last two need the
+            core form.
+        singular_values: "train" S apart, "freeze" it, merge it into the frozen or the trained core, or "split" its
+            square root into both.
+        basis: "svd", "qr" (no S) or "random" (a random orthonormal large core with the small one fitted to W).
         form: "base" keeps W as the frozen matrix, "core" stores the large core in its place.
-        quantize_core: 4-bit storage of the frozen core.
-        save_basis: store (V0, S0) in the adapter file.  With False the file halves, the basis is computed again at
+        quantize_core: "nf4" stores the frozen large core in 4 bits (QFuRA); needs the core form.
+        save_basis: store the basis in the adapter file.  With False the file halves, the basis is computed again at
             load and a changed base weight is refused by its singular values.
         core_dtype: dtype of the trained tensors; None follows PEFT (float32 unless `autocast_adapter_dtype=False`).
+        bias: "none", "all" or "fura_only": which biases are trained too.
         init_weights: False starts from a small random update, for tests.
 
     Raises:
-        ValueError: for an unknown choice, or one that is not built yet.
+        ValueError: for unknown choices and impossible combinations, all in one message.
     """
 
     target_modules: list[str] | str | None = field(
@@ -75,6 +70,12 @@ class FuraConfig(PeftConfig):
         default="in", metadata={"help": "Cut the weight into column blocks ('in') or row blocks ('out')."}
     )
     block_size: int | str = field(default="auto", metadata={"help": "Block size: an int, 'auto', 'head' or 'full'."})
+    block_size_pattern: dict[str, int | str] = field(
+        default_factory=dict, metadata={"help": "Module name or regex -> block size, where it differs."}
+    )
+    block_axis_pattern: dict[str, str] = field(
+        default_factory=dict, metadata={"help": "Module name or regex -> block axis, where it differs."}
+    )
     train_core: Literal["small", "large", "both"] = field(
         default="small", metadata={"help": "Which core is trained: 'small', 'large' or 'both'."}
     )
@@ -103,6 +104,10 @@ class FuraConfig(PeftConfig):
         default=None, metadata={"help": "Name of the layer list, where it is not one of the common ones."}
     )
 
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Refused: FuRA adapts modules, not bare parameters such as fused experts."}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = FuraPeftType.FURA
@@ -118,12 +123,16 @@ class FuraConfig(PeftConfig):
             for name, choices in CHOICES.items()
             if getattr(self, name) not in choices
         ]
+        sizes = {"block_size": self.block_size} | {
+            f"block_size_pattern[{name!r}]": size for name, size in self.block_size_pattern.items()
+        }
+        faults += [fault for name, size in sizes.items() for fault in block_size_faults(name, size)]
         faults += [
-            f"{name}={getattr(self, name)!r} is not built yet; use {' or '.join(map(repr, BUILT[name]))}"
-            for name, choices in CHOICES.items()
-            if getattr(self, name) in choices and getattr(self, name) not in BUILT.get(name, choices)
+            f"block_axis_pattern[{name!r}]={axis!r} is not one of 'in', 'out'"
+            for name, axis in self.block_axis_pattern.items()
+            if axis not in CHOICES["block_axis"]
         ]
-        faults += self._block_size_faults()
+        faults += self._combination_faults()
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             faults.append("layers_to_transform needs target_modules as a list of names, not as a regex string")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -131,12 +140,58 @@ class FuraConfig(PeftConfig):
         if faults:
             raise ValueError("FuraConfig: " + "; ".join(faults))
 
-    def _block_size_faults(self) -> list[str]:
-        size = self.block_size
-        if isinstance(size, str) and size == "head":
-            return ["block_size='head' is not built yet; give the head dimension as an int"]
-        named = isinstance(size, str) and size in NAMED_BLOCK_SIZES
-        positive = isinstance(size, int) and not isinstance(size, bool) and size > 0
-        if named or positive:
-            return []
-        return [f"block_size={size!r} is neither a positive int nor one of 'auto', 'full', 'head'"]
+    def _combination_faults(self) -> list[str]:
+        rules = [
+            (
+                self.basis != "svd" and self.singular_values != "merge_trained",
+                f"basis={self.basis!r} has no singular values to keep apart, so singular_values="
+                f"{self.singular_values!r} has no meaning; use singular_values='merge_trained'",
+            ),
+            (
+                self.basis != "svd" and self.train_core != "small",
+                f"basis={self.basis!r} trains the small core; use train_core='small'",
+            ),
+            (
+                self.basis != "svd" and not self.save_basis,
+                f"save_basis=False recognizes its base weight by singular values, which basis={self.basis!r} lacks; "
+                "use save_basis=True",
+            ),
+            (
+                self.basis == "random" and self.form == "base",
+                "basis='random' does not span the base weight, which the base form multiplies; use form='core'",
+            ),
+            (
+                self.form == "base" and self.train_core != "small",
+                f"form='base' holds no large core that train_core={self.train_core!r} could train; use form='core'",
+            ),
+            (
+                self.train_core == "both" and self.singular_values in ("merge_frozen", "merge_trained"),
+                f"train_core='both' leaves no core that singular_values={self.singular_values!r} could mean; "
+                "use 'train', 'freeze' or 'split'",
+            ),
+            (
+                self.quantize_core is not None and self.form == "base",
+                f"quantize_core={self.quantize_core!r} needs form='core'; for FuRA on a quantized base model load "
+                "that model and leave quantize_core out",
+            ),
+            (
+                self.quantize_core is not None and self.train_core != "small",
+                f"quantize_core={self.quantize_core!r} freezes the large core, so train_core={self.train_core!r} "
+                "cannot train it; use train_core='small'",
+            ),
+            (
+                self.target_parameters is not None,
+                f"target_parameters={self.target_parameters}: FuRA adapts linear modules, not bare parameters such as "
+                "fused experts; use target_modules",
+            ),
+        ]
+        return [fault for broken, fault in rules if broken]
+
+
+def block_size_faults(name: str, size: int | str) -> list[str]:
+    """What is wrong with a block size, for a message; empty where nothing is."""
+    named = isinstance(size, str) and size in NAMED_BLOCK_SIZES
+    positive = isinstance(size, int) and not isinstance(size, bool) and size > 0
+    if named or positive:
+        return []
+    return [f"{name}={size!r} is neither a positive int nor one of 'auto', 'full', 'head'"]

@@ -1,8 +1,9 @@
-"""FuRA's layer: a frozen linear layer whose input passes through a trained block-diagonal matrix.
+"""FuRA's layer, in its two forms; column blocks act on the input, row blocks on the output (before the bias).
 
-    y = W (x + D x) (+ bias)      D from the trained dS, dR and the frozen basis (blocks.block_update)
+    base form    y = W (x + D x)  or  y0 + D^T y0 with y0 = W x     W untouched; D is 0 and W exact at the start
+    core form    y = L (C x)      or  C^T (L^T x)                   L in the place of W, dense or in 4 bits, or trained
 
-At the start D is exactly 0 and the layer is bit for bit the base layer.  Several active adapters add their updates.
+The algebra is in blocks.py, one adapter's tensors in fura_core.py.  Several active adapters of the base form add up.
 """
 
 from __future__ import annotations
@@ -11,132 +12,199 @@ import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import resolve_quantization_backend
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from fura_rl.adapters import blocks
 from fura_rl.adapters.fura_config import FuraConfig
-
-RANDOM_UPDATE_STD = 0.1  # init_weights=False: relative size of the random update, large enough for tests to see
-
-
-class FuraCore(nn.Module):
-    """The tensors of one adapter on one layer: trained `delta_s`, `delta_r`; frozen `basis_v`, `basis_s`.
-
-    A module of its own (not entries of a ParameterDict) so that parameter names carry the adapter name in the middle,
-    where PEFT and TRL look for it.  The basis stays in float32 or wider whatever the model is cast to: rounding it to
-    16 bits would move the adapted weight by more than a training step does.
-    """
-
-    def __init__(self, basis: blocks.SpectralBasis, save_basis: bool) -> None:
-        super().__init__()
-        n, b, r = basis.right_vectors.shape
-        options = {"dtype": basis.right_vectors.dtype, "device": basis.right_vectors.device}
-        self.delta_s = nn.Parameter(torch.zeros(n, r, **options))
-        self.delta_r = nn.Parameter(torch.zeros(n, r, b, **options))
-        self.register_buffer("basis_v", basis.right_vectors.contiguous(), persistent=save_basis)
-        self.register_buffer("basis_s", basis.singular_values.contiguous())
-        self.save_basis = save_basis
-
-    @torch.no_grad()
-    def randomize(self) -> None:
-        scale = RANDOM_UPDATE_STD / self.delta_r.shape[-1] ** 0.5
-        self.delta_r.normal_(std=scale)
-        self.delta_s.normal_(std=scale).mul_(self.basis_s)
-
-    def update(self) -> torch.Tensor:
-        """D, (n, b, b)."""
-        return blocks.block_update(self.delta_r, self.delta_s, self.basis_v, self.basis_s)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> FuraCore:
-        before = {name: buffer for name, buffer in self.named_buffers()}
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = getattr(self, name)
-            if new.dtype != old.dtype and new.device.type != "meta":
-                setattr(self, name, old.to(new.device))
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        error_messages = args[-1]
-        saved = state_dict.get(prefix + "basis_s")
-        if not self.save_basis and saved is not None and self.basis_s.device.type != "meta":
-            same_shape = saved.shape == self.basis_s.shape
-            if not same_shape or not torch.allclose(saved.to(self.basis_s), self.basis_s, rtol=1e-3, atol=1e-6):
-                error_messages.append(
-                    f"{prefix}basis_s: the adapter was saved with save_basis=False and its singular values do not "
-                    "match this base weight; load it on the base model it was trained on, or save with save_basis=True"
-                )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+from fura_rl.adapters.fura_core import FuraCore
+from fura_rl.adapters.large_core import LargeCore
 
 
 class FuraLinear(nn.Module, BaseTunerLayer):
-    """A frozen `nn.Linear` with FuRA adapters on it."""
+    """A frozen linear layer (`nn.Linear`, `Conv1D`, or one that PEFT can dequantize) with FuRA adapters on it."""
 
     adapter_layer_names: tuple[str, ...] = ("fura_core",)
     other_param_names: tuple[str, ...] = ()
 
-    def __init__(self, base_layer: nn.Linear, adapter_name: str, config: FuraConfig, layer_name: str) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: FuraConfig, layer_name: str, **options: Any
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.quantization_backend = resolve_quantization_backend(
+            base_layer, get_apply_tensor_subclass=options.pop("get_apply_tensor_subclass", None)
+        )
+        self.in_features, self.out_features = _get_in_out_features(base_layer)
+        self.is_conv1d = isinstance(base_layer, Conv1D)
         self.layer_name = layer_name
         self.fura_core = nn.ModuleDict()
         self.merged_adapters: list[str] = []
+        self.dropped_directions = 0
+        self.head_dim_fell_back = False
         self._disable_adapters = False
-        self._pristine_weight: torch.Tensor | None = None  # the base weight, set aside while adapters are merged
+        self._set_aside: Any = None  # what stands in for the base weight while adapters are merged
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config)
+        self.update_layer(adapter_name, config, **options)
 
-    def update_layer(self, adapter_name: str, config: FuraConfig, inference_mode: bool = False) -> None:
-        """Add an adapter: choose its blocks, compute its basis from the pristine base weight.
+    # ---- making an adapter
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: FuraConfig,
+        block_size: int | str | None = None,
+        block_axis: str | None = None,
+        head_dim: int | None = None,
+        inference_mode: bool = False,
+    ) -> None:
+        """Add an adapter: choose its blocks, compute its frame from the pristine base weight.
+
+        `block_size` and `block_axis` override the config's; `head_dim` is what block_size="head" stands for.
 
         Raises:
-            ValueError: where the block size does not divide, or the base weight is not a finite float matrix.
+            ValueError: where the block size does not divide, the base weight is not a finite float matrix, the name is
+                taken, or the core form would have to share the layer with another adapter.
         """
-        block_size = resolve_block_size(config.block_size, self.in_features, self.out_features, self.layer_name)
-        weight = self.pristine_weight()
+        self._check_room(adapter_name, config)
+        axis = block_axis or config.block_axis
+        size = self._resolve_block_size(block_size or config.block_size, axis, head_dim)
+        conversion_skipped = parameters_go_to_meta() and config.save_basis and config.form == "base"
+        weight = self._pristine_meta_weight() if conversion_skipped else self.pristine_weight()
+        oriented = self._orient(weight, axis)
         if weight.device.type == "meta":
-            basis = empty_basis(weight, block_size)
+            core = FuraCore(empty_frame(oriented, size, config), config, axis)
         else:
-            if not torch.isfinite(weight).all():
-                raise ValueError(f"the base weight of {self.layer_name} has non-finite values; FuRA needs its SVD")
-            basis = blocks.spectral_basis(weight, block_size)
-        self.dropped_directions = basis.dropped
-        core = FuraCore(basis, config.save_basis)
-        if not config.init_weights and weight.device.type != "meta":
+            check_weight(weight, self.layer_name)
+            core = self._convert(oriented, size, axis, config)
+        if not config.init_weights and core.basis_v.device.type != "meta" and not parameters_go_to_meta():
             core.randomize()
         self.fura_core[adapter_name] = core
-        self._cast_core(core, config.core_dtype)
+        self._cast_core(core, config.core_dtype, weight.dtype)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _cast_core(self, core: FuraCore, core_dtype: str | None) -> None:
+    def _check_room(self, adapter_name: str, config: FuraConfig) -> None:
+        if adapter_name in self.fura_core:
+            raise ValueError(f"{self.layer_name} already carries an adapter called {adapter_name!r}; delete it first")
+        if self.fura_core and (config.form == "core" or self.core_form is not None):
+            raise ValueError(
+                f"{self.layer_name}: an adapter in core form owns its layer, since the large core stands in the place "
+                "of the base weight; use form='base' to have several adapters"
+            )
+
+    def _resolve_block_size(self, size: int | str, axis: str, head_dim: int | None) -> int:
+        cut, other = (self.in_features, self.out_features) if axis == "in" else (self.out_features, self.in_features)
+        if size == "head":
+            if head_dim is None:
+                raise ValueError(
+                    f"block_size='head': the model's config gives no head dimension for {self.layer_name}; "
+                    "give the size as an int"
+                )
+            self.head_dim_fell_back = bool(cut % head_dim)
+            size = "auto" if self.head_dim_fell_back else head_dim
+        return resolve_block_size(size, cut, other, f"{axis}_features", self.layer_name)
+
+    @torch.no_grad()
+    def _convert(self, oriented: torch.Tensor, size: int, axis: str, config: FuraConfig) -> FuraCore:
+        """The adapter's tensors, and in core form the large core, put in the base weight's place or trained."""
+        home, dtype = oriented.device, oriented.dtype
+        frame, large = make_frame(oriented.to(conversion_device(home)), size, config)
+        if config.basis == "random":
+            warn_of_lost_weight(oriented, blocks.fold(large, frame.right.mT).to(home), self.layer_name)
+        self.dropped_directions = frame.dropped
+        core = FuraCore(frame.to(home), config, axis)
+        if config.form == "core":
+            self._store_large_core(core, large.to(home, dtype), axis, config)
+        return core
+
+    def _store_large_core(self, core: FuraCore, large: torch.Tensor, axis: str, config: FuraConfig) -> None:
+        stored = (large if axis == "in" else large.mT).contiguous()
+        if config.train_core == "small":
+            bias = getattr(self.base_layer, "bias", None)
+            self.base_layer = LargeCore(stored, bias, config.quantize_core)
+            self.quantization_backend = None
+        else:  # the base weight stays: a trained core has gradients and Adam states of its size, so it is little more
+            core.large_core = nn.Parameter(stored.to(torch.promote_types(stored.dtype, torch.float32)))
+
+    def _cast_core(self, core: FuraCore, core_dtype: str | None, base_dtype: torch.dtype) -> None:
         """The trained tensors in `core_dtype`, or PEFT's convention: the base dtype, which PEFT then makes float32."""
-        dtype = getattr(torch, core_dtype) if core_dtype else self.get_base_layer().weight.dtype
+        dtype = getattr(torch, core_dtype) if core_dtype else base_dtype
         for parameter in core.parameters():
             parameter.data = parameter.data.to(dtype)
 
+    # ---- weights
+
+    @property
+    def core_form(self) -> FuraCore | None:
+        """The adapter in core form that owns this layer, None where its adapters are in base form."""
+        return next((core for core in self.fura_core.values() if core.form == "core"), None)
+
+    @property
+    def owns_large_core(self) -> bool:
+        """Whether the base weight is gone and a frozen large core stands in its place."""
+        core = self.core_form
+        return core is not None and core.large_core is None
+
+    def _orient(self, weight: torch.Tensor, axis: str) -> torch.Tensor:
+        """The weight as stored, turned so that blocks are columns; its own inverse."""
+        return weight.mT if (axis == "out") != self.is_conv1d else weight
+
+    def _pristine_meta_weight(self) -> torch.Tensor:
+        shape = (self.in_features, self.out_features) if self.is_conv1d else (self.out_features, self.in_features)
+        dtype = self.get_base_layer().weight.dtype
+        return torch.empty(shape, device="meta", dtype=dtype if dtype.is_floating_point else torch.float32)
+
+    @torch.no_grad()
     def pristine_weight(self) -> torch.Tensor:
-        """The base weight (out, in) without any adapter, also while adapters are merged."""
-        return self.get_base_layer().weight.data if self._pristine_weight is None else self._pristine_weight
+        """The base weight as its layer stores it, without any adapter, also while adapters are merged.
+
+        Dequantized where it is quantized; multiplied out from the frozen cores where the core form has replaced it.
+        """
+        if self.owns_large_core:
+            return self._unfold(self.core_form, adapted=False).to(self._large_layer().compute_dtype)
+        if self._set_aside is None:
+            return self.get_base_weight()
+        return self._set_aside.dequantized if self.quantization_backend is not None else self._set_aside
+
+    def _large_layer(self) -> LargeCore:
+        return self.base_layer if self._set_aside is None else self._set_aside
+
+    def _unfold(self, core: FuraCore, adapted: bool = True) -> torch.Tensor:
+        """L C of a core form, laid out as the base weight is stored, in float32 or wider."""
+        stored = self._large_layer().dense() if core.large_core is None else core.large_core.data
+        large = stored if core.axis == "in" else stored.mT
+        return self._orient(blocks.fold(large, core.core(adapted)), core.axis)
+
+    def _fold_delta(self, core: FuraCore, weight: torch.Tensor) -> torch.Tensor:
+        """What one adapter adds to `weight`, as stored, in float32 or wider."""
+        if core.form == "core":
+            start = self._unfold(core, adapted=False) if core.large_core is None else weight
+            return self._unfold(core) - start
+        return self._orient(blocks.fold(self._orient(weight, core.axis), core.update()), core.axis)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """What the adapter adds to the base weight, (out, in), in the base weight's dtype."""
+        """What the adapter adds to the base weight, as stored, in the base weight's dtype."""
         weight = self.pristine_weight()
-        return blocks.fold_delta(weight, self.fura_core[adapter_name].update()).to(weight.dtype)
+        return self._fold_delta(self.fura_core[adapter_name], weight).to(weight.dtype)
 
     @torch.no_grad()
     def folded_weight(self, adapter_names: list[str]) -> torch.Tensor:
-        """W + sum of W D over `adapter_names`, (out, in), from the pristine W, in float32 or wider, not rounded."""
+        """The weight with `adapter_names` in it, as stored, from the pristine one, in float32 or wider, not rounded."""
+        cores = [self.fura_core[name] for name in adapter_names if name in self.fura_core]
+        if self.core_form is not None and cores:
+            return self._unfold(cores[0])
         weight = self.pristine_weight()
         folded = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-        for name in adapter_names:
-            if name in self.fura_core:
-                folded += blocks.fold_delta(weight, self.fura_core[name].update()).to(folded.dtype)
+        for core in cores:
+            folded += self._fold_delta(core, weight)
         return folded
 
+    # ---- merging: the folded weight takes the base weight's place, which is set aside and never written
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put the folded weight in the base weight's place.  The pristine storage is set aside, never written.
+        """Put the folded weight in the base weight's place; a quantized base is quantized again, as PEFT does.
 
         Raises:
             ValueError: with `safe_merge`, where the folded weight is not finite.
@@ -144,73 +212,246 @@ class FuraLinear(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.fura_core]
         if not names:
             return
-        pristine = self.pristine_weight()
-        folded = self.folded_weight([*self.merged_adapters, *names]).to(pristine.dtype)
+        dtype = self.pristine_weight().dtype
+        folded = self.folded_weight([*self.merged_adapters, *names]).to(dtype)
         if safe_merge and not torch.isfinite(folded).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
-        self._pristine_weight = pristine
-        self.get_base_layer().weight.data = folded
+        self._put(folded)
         self.merged_adapters.extend(names)
+
+    def _put(self, folded: torch.Tensor) -> None:
+        if self.owns_large_core:
+            self._set_aside = self._large_layer()
+            self.base_layer = self._dense_layer(folded)
+        elif self.quantization_backend is not None:
+            if self._set_aside is None:
+                self._set_aside = QuantizedWeight(self)
+            self.set_base_weight(folded)
+        else:
+            self._set_aside = self.pristine_weight()
+            self.get_base_layer().weight.data = folded
 
     def unmerge(self) -> None:
         """Put the pristine weight back: the same storage, so the same bits."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        weight = self.get_base_layer().weight
-        weight.data = self._pristine_weight.to(device=weight.device, dtype=weight.dtype)
-        self._pristine_weight = None
+        if self.owns_large_core:
+            self.base_layer = self._set_aside
+        elif self.quantization_backend is not None:
+            self._set_aside.restore(self.get_base_layer())
+        else:
+            weight = self.get_base_layer().weight
+            weight.data = self._set_aside.to(device=weight.device, dtype=weight.dtype)
+        self._set_aside = None
         self.merged_adapters.clear()
+
+    def _dense_layer(self, weight: torch.Tensor) -> nn.Module:
+        """A plain layer of the base layer's kind around `weight` (as stored) and the base layer's bias."""
+        bias = self._large_layer().bias
+        options = {"device": "meta", "dtype": weight.dtype}
+        if self.is_conv1d:
+            with torch.device("meta"):
+                layer = Conv1D(self.out_features, self.in_features)
+        else:
+            layer = nn.Linear(self.in_features, self.out_features, bias=bias is not None, **options)
+        layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+        layer.bias = bias
+        return layer
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """PEFT's hook for `merge_and_unload` and `unload`; a core form gives its linear layer back."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        if self.owns_large_core and not self.merged:
+            self._put(self.pristine_weight())  # PEFT takes the tensors of what is now the base layer
+        return self.get_base_layer()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True  # get_delta_weight is additive
 
+    # ---- forward
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
-        moved = x
-        for name in self.active_adapters:
-            if name in self.fura_core:
-                moved = blocks.apply_update(x, self.fura_core[name].update(), onto=moved)
-        return self.base_layer(moved, *args, **kwargs)
+        names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.fura_core]
+        if self.core_form is not None and (names or self.owns_large_core):
+            return self._core_forward(x, self.core_form, adapted=bool(names))
+        if not names:
+            return self.base_layer(x, *args, **kwargs)
+        if torch.is_autocast_enabled(x.device.type):  # what the base layer would do itself, before our product
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return self._base_forward(x, [self.fura_core[name] for name in names], *args, **kwargs)
+
+    def _base_forward(self, x: torch.Tensor, cores: list[FuraCore], *args: Any, **kwargs: Any) -> torch.Tensor:
+        column_updates, row_updates = (
+            sum_updates([core for core in cores if core.axis == axis]) for axis in ("in", "out")
+        )
+        moved = None
+        for update in column_updates:
+            moved = blocks.add_update(x, update, onto=moved)
+        y = self.base_layer(x if moved is None else moved, *args, **kwargs)
+        if row_updates:
+            plain = y if moved is None else self.base_layer(x, *args, **kwargs)
+            bias = self.get_base_layer().bias
+            product = plain if bias is None else plain - bias.to(plain.dtype)  # W x
+            for update in row_updates:
+                y = blocks.add_update(product, update.mT, onto=None if y is product else y)
+        return y
+
+    def _core_forward(self, x: torch.Tensor, core: FuraCore, adapted: bool) -> torch.Tensor:
+        dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        small = core.core(adapted)
+        if core.large_core is None:
+            large = self.base_layer
+        else:
+            weight = core.large_core.to(x.dtype)
+
+            def large(z: torch.Tensor) -> torch.Tensor:
+                return nn.functional.linear(z, weight)
+
+        y = large(blocks.apply_core(x, small)) if core.axis == "in" else blocks.apply_core(large(x), small.mT)
+        bias = self.get_base_layer().bias
+        y = y if bias is None else y + bias.to(y.dtype)
+        return y if torch.is_autocast_enabled(x.device.type) else y.to(dtype)
+
+    # ---- loading
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        """A core form whose saved basis differs from the one computed here (another machine) gets its L re-expressed.
+
+        L_i C0_i is the base weight's block in both, so the saved frame's L is the one that this machine's weight gives.
+        """
+        for name, core in self.fura_core.items():
+            saved = state_dict.get(f"{prefix}fura_core.{name}.basis_v")
+            if not self.owns_large_core or saved is None or torch.equal(saved.to(core.basis_v), core.basis_v):
+                continue
+            saved = saved.to(core.basis_v)
+            if core.basis_s is None:
+                if not torch.allclose(saved, core.basis_v, rtol=1e-2, atol=1e-3 * float(saved.abs().max())):
+                    args[-1].append(f"{prefix}fura_core.{name}: the saved cores do not belong to this base weight")
+                continue
+            values = state_dict[f"{prefix}fura_core.{name}.basis_s"].to(core.basis_s)
+            weight = self._orient(self._unfold(core, adapted=False), core.axis)
+            large = blocks.large_core(weight, saved, blocks.core_scale(values, core.treatment, core.train_core))
+            self._large_layer().replace((large if core.axis == "in" else large.mT).contiguous())
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __repr__(self) -> str:
         return "fura." + super().__repr__()
 
 
-def resolve_block_size(block_size: int | str, in_features: int, out_features: int, layer_name: str) -> int:
-    """The block size of one layer in columns.
+class QuantizedWeight:
+    """A quantized base weight set aside while another is merged in: its parameter, and bitsandbytes' 8-bit scales."""
+
+    def __init__(self, layer: FuraLinear) -> None:
+        base_layer = layer.get_base_layer()
+        self.dequantized = layer.get_base_weight()
+        self.parameter = base_layer.weight
+        state = getattr(base_layer, "state", None)
+        self.scales = getattr(self.parameter, "SCB", None) if getattr(state, "SCB", None) is None else state.SCB
+
+    def restore(self, base_layer: nn.Module) -> None:
+        base_layer.weight = self.parameter
+        if self.scales is not None:
+            self.parameter.CB, self.parameter.SCB = self.parameter.data, self.scales
+            base_layer.state.reset_grads()
+
+
+def sum_updates(cores: list[FuraCore]) -> list[torch.Tensor]:
+    """The block updates of `cores`, those of equal block size added up: (n, b, b) each."""
+    by_size: dict[int, torch.Tensor] = {}
+    for core in cores:
+        update = core.update()
+        by_size[core.block_size] = by_size[core.block_size] + update if core.block_size in by_size else update
+    return list(by_size.values())
+
+
+def make_frame(weight: torch.Tensor, size: int, config: FuraConfig) -> tuple[blocks.Frame, torch.Tensor | None]:
+    """The frame of `weight` (rows, cols) and, for a core form, the large core (rows, n * r)."""
+    if config.basis == "svd":
+        frame = blocks.svd_frame(weight, size)
+        if config.form == "base":
+            return frame, None
+        scale = blocks.core_scale(frame.singular_values, config.singular_values, config.train_core)
+        return frame, blocks.large_core(weight, frame.right, scale)
+    if config.basis == "random":
+        large, small = blocks.random_cores(weight, size, seed=weight.numel())
+        return blocks.Frame(small.mT, None), large
+    large, small = blocks.qr_cores(weight, size)
+    singular_values = torch.linalg.svdvals(small.double())
+    dropped = int((singular_values <= blocks.RANK_TOLERANCE * singular_values[:, :1]).sum())
+    if config.form == "core":
+        return blocks.Frame(small.mT, None, dropped), large
+    inverse = torch.linalg.pinv(small.double(), rtol=blocks.RANK_TOLERANCE).to(small.dtype)
+    return blocks.Frame(inverse, None, dropped), None
+
+
+def empty_frame(weight: torch.Tensor, size: int, config: FuraConfig) -> blocks.Frame:
+    """A frame of the right shapes for a weight that has no values yet (meta device); a checkpoint fills it."""
+    rows, cols = weight.shape
+    n, r = cols // size, min(rows, size)
+    options = {"device": "meta", "dtype": torch.promote_types(weight.dtype, torch.float32)}
+    values = torch.empty(n, r, **options) if config.basis == "svd" else None
+    return blocks.Frame(torch.empty(n, size, r, **options), values)
+
+
+def parameters_go_to_meta() -> bool:
+    """Whether modules made now get their parameters on the meta device (PEFT's `low_cpu_mem_usage`)."""
+    probe = nn.Module()
+    probe.register_parameter("probe", nn.Parameter(torch.empty(0)))
+    return probe.probe.device.type == "meta"
+
+
+def conversion_device(home: torch.device) -> torch.device:
+    """Where a layer is decomposed: on the GPU where there is one, one layer at a time."""
+    return torch.device("cuda") if home.type == "cpu" and torch.cuda.is_available() else home
+
+
+def check_weight(weight: torch.Tensor, layer_name: str) -> None:
+    """Raises ValueError where the SVD of this base weight has no meaning."""
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"the base weight of {layer_name} has non-finite values; FuRA needs its SVD")
+
+
+def warn_of_lost_weight(weight: torch.Tensor, fitted: torch.Tensor, layer_name: str) -> None:
+    lost = float((fitted - weight).norm() / weight.norm())
+    if lost > 1e-3:
+        warnings.warn(
+            f"{layer_name}: basis='random' keeps the base weight up to a relative error of {lost:.2f}; it is "
+            "the paper's control, not a way to train",
+            stacklevel=2,
+        )
+
+
+def resolve_block_size(size: int | str, cut: int, other: int, cut_name: str, layer_name: str) -> int:
+    """The block size of one layer along the dimension `cut` that is cut into blocks.
 
     Raises:
-        ValueError: where an int does not divide `in_features`, naming the layer and the nearest sizes that do.
+        ValueError: where an int does not divide `cut`, naming the layer and the nearest sizes that do.
     """
-    if block_size == "full":
-        return in_features
-    if block_size == "auto":
-        size = blocks.default_block_size(in_features, out_features)
-        if size in (1, in_features) and in_features > 3:
+    if size == "full":
+        return cut
+    if size == "auto":
+        chosen = blocks.default_block_size(cut, other)
+        if chosen in (1, cut) and cut > 3:
             warnings.warn(
-                f"{layer_name}: in_features={in_features} has no factor pair near a square, so FuRA uses "
-                f"{in_features // size} block(s) of {size} columns; give block_size to choose another",
+                f"{layer_name}: {cut_name}={cut} has no factor pair near a square, so FuRA uses "
+                f"{cut // chosen} block(s) of size {chosen}; give block_size to choose another",
                 stacklevel=2,
             )
-        return size
-    if in_features % block_size:
-        usable = sorted(sorted(blocks.divisors(in_features), key=lambda d: abs(d - block_size))[:3])
+        return chosen
+    if cut % size:
+        usable = sorted(sorted(blocks.divisors(cut), key=lambda d: abs(d - size))[:3])
         raise ValueError(
-            f"block_size={block_size} does not divide in_features={in_features} of {layer_name}; "
+            f"block_size={size} does not divide {cut_name}={cut} of {layer_name}; "
             f"use one of {', '.join(map(str, usable))}"
         )
-    return block_size
-
-
-def empty_basis(weight: torch.Tensor, block_size: int) -> blocks.SpectralBasis:
-    """A basis of the right shapes for a weight that has no values yet (meta device); a checkpoint fills it."""
-    out_features, in_features = weight.shape
-    n, r = in_features // block_size, min(out_features, block_size)
-    options = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
-    return blocks.SpectralBasis(torch.empty(n, block_size, r, **options), torch.empty(n, r, **options), dropped=0)
+    return size

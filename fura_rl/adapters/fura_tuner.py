@@ -1,14 +1,20 @@
-"""FuRA as a PEFT tuner: puts `FuraLinear` in the place of every targeted `nn.Linear`, and registers with PEFT."""
+"""FuRA as a PEFT tuner: puts `FuraLinear` in the place of every targeted linear layer, and registers with PEFT."""
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
 import peft.mapping
-from peft.tuners.tuners_utils import BaseTuner
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, resolve_quantization_backend
+from peft.utils.other import get_pattern_key
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, get_quantization_kwargs
 from torch import nn
+from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from fura_rl.adapters.fura_config import FuraConfig, FuraPeftType
 from fura_rl.adapters.fura_layer import FuraLinear
@@ -16,16 +22,30 @@ from fura_rl.adapters.fura_layer import FuraLinear
 # The paper adapts all seven projections; for architectures that name them otherwise PEFT's own choice stands.
 PAPER_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PAPER_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+QUIET_SECONDS = 2.0  # a conversion that takes longer shows its progress
 
 
 class FuraModel(BaseTuner):
-    """The model with FuRA adapters injected; made by `peft.get_peft_model(model, FuraConfig(...))`."""
+    """The model with FuRA adapters injected; made by `peft.get_peft_model(model, FuraConfig(...))`.
+
+    Layers are converted one after another: beyond the model and its adapters, memory holds one layer's worth.
+    """
 
     prefix: str = "fura_"
     tuner_layer_cls = FuraLinear
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | dict.fromkeys(
         PAPER_ARCHITECTURES, PAPER_TARGETS
     )
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = self._prepare_adapter_config(self.peft_config[adapter_name], self.get_model_config(model))
+        total = None
+        if config.target_modules and config.target_modules != "all-linear":
+            total = sum(bool(self._check_target_module_exists(config, name)) for name, _ in model.named_modules())
+        with tqdm(total=total, desc="Converting to FuRA", unit="layer", delay=QUIET_SECONDS) as progress:
+            self._progress = progress
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        del self._progress
 
     def _create_and_replace(
         self,
@@ -37,38 +57,131 @@ class FuraModel(BaseTuner):
         current_key: str,
         **optional_kwargs: Any,
     ) -> None:
+        options = {
+            "block_size": find_override(fura_config.block_size_pattern, current_key),
+            "block_axis": find_override(fura_config.block_axis_pattern, current_key),
+            "head_dim": head_dimension(self.get_model_config(self.model)),
+        }
         if isinstance(target, FuraLinear):
-            target.update_layer(adapter_name, fura_config)
-            return
-        check_supported(target, current_key)
-        layer = FuraLinear(target, adapter_name, fura_config, layer_name=current_key)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # an additional adapter is not trainable until it is chosen
-        self._replace_module(parent, target_name, layer, target)
+            target.update_layer(adapter_name, fura_config, **options)
+        else:
+            check_supported(target, current_key)
+            options |= get_quantization_kwargs(self.model)
+            layer = FuraLinear(target, adapter_name, fura_config, layer_name=current_key, **options)
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)  # an additional adapter is not trainable until it is chosen
+            self._replace_module(parent, target_name, layer, target)
+        if hasattr(self, "_progress"):
+            self._progress.update()
 
     def _post_injection_hook(self, model: nn.Module, config: FuraConfig, adapter_name: str) -> None:
-        """Say how many directions have no pretrained column and will stay still (rank-deficient blocks)."""
-        dropped = {layer.layer_name: layer.dropped_directions for layer in fura_layers(model)}
-        if total := sum(dropped.values()):
-            worst = max(dropped, key=dropped.__getitem__)
+        layers = [layer for layer in fura_layers(model) if adapter_name in layer.fura_core]
+        warn_of_dropped_directions(layers)
+        if fell_back := [layer.layer_name for layer in layers if layer.head_dim_fell_back]:
             warnings.warn(
-                f"{total} block directions have no pretrained column (singular value 0) and stay still; "
-                f"most in {worst} ({dropped[worst]})",
+                f"block_size='head' does not divide {len(fell_back)} layers, e.g. {fell_back[0]}; they have "
+                "block_size='auto'",
                 stacklevel=2,
             )
+        for setting in ("block_size_pattern", "block_axis_pattern"):
+            names = [layer.layer_name for layer in layers]
+            unmatched = [key for key in getattr(config, setting) if not any(matches(key, name) for name in names)]
+            if unmatched:
+                warnings.warn(f"{setting} has keys that match no adapted module: {unmatched}", stacklevel=2)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT makes 16-bit adapters float32; a `core_dtype` that was asked for stands."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        restore_core_dtype(self.model, adapter_name, self.peft_config[adapter_name])
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        """A new adapter whose update is the weighted sum of others': their block matrices combine exactly.
+
+        Raises:
+            ValueError: where an adapter is unknown, or two have different blocks on a layer.
+        """
+        if len(adapters) != len(weights):
+            raise ValueError(f"{len(adapters)} adapters but {len(weights)} weights; give one weight for each")
+        if unknown := [name for name in adapters if name not in self.peft_config]:
+            raise ValueError(f"there is no adapter {unknown}; the model has {list(self.peft_config)}")
+        layers = fura_layers(self.model)
+        for layer in layers:
+            kinds = {
+                (c.axis, c.block_size, c.form) for c in (layer.fura_core[n] for n in adapters if n in layer.fura_core)
+            }
+            if len(kinds) > 1:
+                raise ValueError(f"{layer.layer_name}: adapters {adapters} have different blocks {sorted(kinds)}")
+        self.peft_config[adapter_name] = self.peft_config[adapters[0]]
+        self.inject_adapter(self.model, adapter_name)
+        for layer in layers:
+            if adapter_name in layer.fura_core:
+                parts = [
+                    weight * layer.fura_core[name].update()
+                    for name, weight in zip(adapters, weights, strict=True)
+                    if name in layer.fura_core
+                ]
+                layer.fura_core[adapter_name].fit(torch.stack(parts).sum(0))
 
 
 def fura_layers(model: nn.Module) -> list[FuraLinear]:
     return [module for module in model.modules() if isinstance(module, FuraLinear)]
 
 
+def matches(pattern: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def find_override(patterns: dict[str, Any], name: str) -> Any | None:
+    """The value of the first pattern that matches a module's name, as PEFT reads its `rank_pattern`."""
+    return patterns.get(get_pattern_key(patterns.keys(), name)) if patterns else None
+
+
+def head_dimension(model_config: dict[str, Any]) -> int | None:
+    """Columns per attention head, from a transformers config; None where it has no heads."""
+    if model_config.get("head_dim"):
+        return model_config["head_dim"]
+    heads, hidden = model_config.get("num_attention_heads"), model_config.get("hidden_size")
+    return hidden // heads if heads and hidden else None
+
+
+def restore_core_dtype(model: nn.Module, adapter_name: str, config: FuraConfig) -> None:
+    """Give the trained tensors the `core_dtype` that was asked for, where there is one."""
+    if config.core_dtype is None:
+        return
+    for layer in fura_layers(model):
+        if adapter_name in layer.fura_core:
+            for parameter in layer.fura_core[adapter_name].parameters():
+                parameter.data = parameter.data.to(getattr(torch, config.core_dtype))
+
+
+def warn_of_dropped_directions(layers: list[FuraLinear]) -> None:
+    """Say how many directions have no pretrained column and will stay still (rank-deficient blocks)."""
+    dropped = {layer.layer_name: layer.dropped_directions for layer in layers}
+    if total := sum(dropped.values()):
+        worst = max(dropped, key=dropped.__getitem__)
+        warnings.warn(
+            f"{total} block directions have no pretrained column (singular value 0) and stay still; "
+            f"most in {worst} ({dropped[worst]})",
+            stacklevel=2,
+        )
+
+
 def check_supported(target: nn.Module, name: str) -> None:
-    """Raises TypeError where FuRA cannot adapt this module, naming it."""
-    if resolve_quantization_backend(target) is not None:
-        raise TypeError(f"{name} is quantized ({type(target).__name__}); FuRA on quantized layers is not built yet")
-    if not isinstance(target, nn.Linear):
-        raise TypeError(f"{name} is a {type(target).__name__}; FuRA adapts torch.nn.Linear only")
-    if not target.weight.is_floating_point():
+    """Raises TypeError where FuRA cannot adapt this module, naming it and the way out."""
+    if isinstance(target, BaseTunerLayer):
+        raise TypeError(
+            f"{name} carries another adapter already ({type(target).__module__}.{type(target).__name__}); "
+            "merge_and_unload() or unload() that one first"
+        )
+    backend = resolve_quantization_backend(target, get_apply_tensor_subclass=lambda: None)
+    if isinstance(backend, ForwardOnlyQuantizationBackend):
+        raise TypeError(
+            f"{name} is quantized by {backend.backend_name}, which gives no weight back, and FuRA needs its SVD; "
+            "load the model with bitsandbytes or unquantized"
+        )
+    if backend is None and not isinstance(target, nn.Linear | Conv1D):
+        raise TypeError(f"{name} is a {type(target).__name__}; FuRA adapts linear layers (nn.Linear, Conv1D) only")
+    if backend is None and not target.weight.is_floating_point():
         raise TypeError(f"{name} has {target.weight.dtype} weights; FuRA needs a floating-point weight")
 
 

@@ -1,0 +1,105 @@
+"""The tensors of one FuRA adapter on one layer, and what they make of the block algebra."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fura_rl.adapters import blocks
+from fura_rl.adapters.fura_config import FuraConfig
+
+RANDOM_UPDATE_STD = 0.1  # init_weights=False: relative size of the random update, large enough for tests to see
+
+
+class FuraCore(nn.Module):
+    """Trained `delta_s`, `delta_r`, `large_core` (those that the config trains); frozen `basis_v`, `basis_s`.
+
+    A module of its own (not entries of a ParameterDict) so that parameter names carry the adapter name in the middle,
+    where PEFT and TRL look for it.  The basis stays in float32 or wider whatever the model is cast to: rounding it to
+    16 bits would move the adapted weight by more than a training step does.
+    """
+
+    def __init__(self, frame: blocks.Frame, config: FuraConfig, axis: str) -> None:
+        super().__init__()
+        n, b, r = frame.right.shape
+        options = {"dtype": frame.right.dtype, "device": frame.right.device}
+        self.axis, self.block_size = axis, b
+        self.form, self.treatment, self.train_core = config.form, config.singular_values, config.train_core
+        self.save_basis = config.save_basis
+        self.delta_s = nn.Parameter(torch.zeros(n, r, **options)) if self.treatment == "train" else None
+        self.delta_r = nn.Parameter(torch.zeros(n, r, b, **options)) if self.train_core != "large" else None
+        self.large_core: nn.Parameter | None = None  # set by the layer where it is trained
+        self.register_buffer("basis_v", frame.right.contiguous(), persistent=config.save_basis)
+        values = frame.singular_values
+        self.register_buffer("basis_s", None if values is None else values.contiguous())
+
+    def scale(self) -> torch.Tensor | None:
+        """T (n, r), None where the frame has no singular values."""
+        return None if self.basis_s is None else blocks.core_scale(self.basis_s, self.treatment, self.train_core)
+
+    def change(self) -> torch.Tensor:
+        """C - C0, (n, r, b), in float32 or wider whatever the adapter is stored in or the forward runs in."""
+        dtype = torch.promote_types(self.basis_v.dtype, torch.float32)
+        delta_r, delta_s = (None if p is None else p.to(dtype) for p in (self.delta_r, self.delta_s))
+        return blocks.core_change(self.basis_v, self.basis_s, delta_r, delta_s, self.treatment)
+
+    def update(self) -> torch.Tensor:
+        """D, (n, b, b): the base form's block update."""
+        with torch.autocast(self.basis_v.device.type, enabled=False):
+            return blocks.block_update(self.change(), self.basis_v, self.scale())
+
+    def core(self, adapted: bool = True) -> torch.Tensor:
+        """C, (n, r, b): the core form's small core, trained or (not `adapted`) as it started."""
+        with torch.autocast(self.basis_v.device.type, enabled=False):
+            start = blocks.starting_core(self.basis_v, self.scale())
+            return start + self.change() if adapted else start
+
+    @torch.no_grad()
+    def fit(self, update: torch.Tensor) -> None:
+        """Set the small core so that the block update is `update` (n, b, b), as far as the frame reaches; dS is 0."""
+        scale = self.scale()
+        if scale is None and self.form == "base":
+            start = torch.linalg.pinv(self.basis_v.double()).to(self.basis_v.dtype)
+        else:
+            start = blocks.starting_core(self.basis_v, scale)
+        change = start @ update.to(start)
+        if self.treatment in ("train", "freeze"):
+            change = blocks.pseudo_inverse(self.basis_s).unsqueeze(-1) * change
+        self.delta_r.copy_(change)
+        if self.delta_s is not None:
+            self.delta_s.zero_()
+
+    @torch.no_grad()
+    def randomize(self) -> None:
+        n, b, _ = self.basis_v.shape
+        std = RANDOM_UPDATE_STD / b**0.5
+        if self.delta_r is not None:
+            self.fit(torch.randn(n, b, b, device=self.basis_v.device).mul_(std))
+        if self.delta_s is not None:
+            self.delta_s.normal_(std=std).mul_(self.basis_s)
+        if self.large_core is not None:
+            noise = torch.randn_like(self.large_core) * self.large_core.square().mean().sqrt()
+            self.large_core.add_(RANDOM_UPDATE_STD * noise)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FuraCore:
+        before = {name: buffer for name, buffer in self.named_buffers()}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new.dtype != old.dtype and new.device.type != "meta":
+                setattr(self, name, old.to(new.device))
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        error_messages = args[-1]
+        saved = state_dict.get(prefix + "basis_s")
+        if not self.save_basis and saved is not None and self.basis_s.device.type != "meta":
+            same_shape = saved.shape == self.basis_s.shape
+            if not same_shape or not torch.allclose(saved.to(self.basis_s), self.basis_s, rtol=1e-3, atol=1e-6):
+                error_messages.append(
+                    f"{prefix.rstrip('.')}: the adapter was saved with save_basis=False and its singular values do not "
+                    "match this base weight; load it on the base model it was trained on, or save with save_basis=True"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,168 @@
+"""Every setting of FuRA against an oracle that multiplies the paper's three factors out in float64."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from conftest import TOLERANCE, relative_error
+from peft import get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fura_rl import FuraConfig
+
+IN, OUT, SIZE = 24, 20, 4
+
+TREATMENTS = ("train", "freeze", "merge_frozen", "merge_trained", "split")
+SETTINGS = [
+    {"form": form, "train_core": core, "singular_values": treatment}
+    for form, core, treatment in itertools.product(("base", "core"), ("small", "large", "both"), TREATMENTS)
+    if not (form == "base" and core != "small")
+    and not (core == "both" and treatment in ("merge_frozen", "merge_trained"))
+] + [{"basis": "qr", "form": form, "singular_values": "merge_trained"} for form in ("base", "core")]
+CASES = [
+    settings | {"block_axis": axis, "block_size": size}
+    for settings in SETTINGS
+    for axis in ("in", "out")
+    for size in (SIZE, "full")
+]
+
+
+def name_of(settings):
+    return "-".join(str(value) for value in settings.values())
+
+
+class Oracle:
+    """y = (L_i S_i R_i) x in float64 from a plain SVD or QR of each block; the factors named by the settings train."""
+
+    def __init__(self, linear_weight, bias, layer_core, settings):
+        self.bias = bias.detach().double()
+        self.row_blocks = settings["block_axis"] == "out"
+        self.basis = settings.get("basis", "svd")
+        oriented = linear_weight.detach().double()
+        oriented = oriented.T if self.row_blocks else oriented
+        core, treatment = settings.get("train_core", "small"), settings["singular_values"]
+        self.triples, self.trained = [], []
+        for i, block in enumerate(oriented.split(layer_core.block_size, dim=1)):
+            large, middle, small = self.factors(block, layer_core.basis_v[i], treatment, core)
+            if core in ("large", "both"):
+                self.trained.append(large)
+            if core in ("small", "both"):
+                self.trained.append(small)
+            if treatment == "train":
+                self.trained.append(middle)
+            self.triples.append((large, middle, small))
+        for tensor in self.trained:
+            tensor.requires_grad_()
+
+    def factors(self, block, reference, treatment, core):
+        if self.basis == "qr":
+            large, small = torch.linalg.qr(block)
+            signs = small.diagonal().sign()
+            return large * signs, torch.ones(len(small)).double(), signs[:, None] * small
+        large, values, small = torch.linalg.svd(block, full_matrices=False)
+        signs = (small @ reference.double()).diagonal().sign()  # AdamW's steps depend on the signs an SVD leaves free
+        large, small = large * signs, signs[:, None] * small
+        ones = torch.ones_like(values)
+        if treatment == "split":
+            return large * values.sqrt(), ones, values.sqrt()[:, None] * small
+        into_large = treatment == ("merge_trained" if core == "large" else "merge_frozen")
+        if into_large:
+            return large * values, ones, small.contiguous()
+        if treatment in ("merge_frozen", "merge_trained"):
+            return large, ones, values[:, None] * small
+        return large.contiguous(), values, small.contiguous()
+
+    def weight(self):
+        oriented = torch.cat([large @ torch.diag(middle) @ small for large, middle, small in self.triples], dim=1)
+        return oriented.T if self.row_blocks else oriented
+
+    def __call__(self, x):
+        return x @ self.weight().T + self.bias
+
+
+def make(settings, conv1d=False, dtype=torch.float32):
+    layer = Conv1D(OUT, IN) if conv1d else nn.Linear(IN, OUT)
+    layer.weight.data.normal_(std=0.2)
+    layer.bias.data.normal_()
+    base = nn.Sequential(layer).to(dtype)
+    model = get_peft_model(copy.deepcopy(base), FuraConfig(target_modules=["0"], **settings))
+    return base, model, model.base_model.model[0]
+
+
+def linear_weight(module):
+    return module.weight.T if isinstance(module, Conv1D) else module.weight
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("settings", CASES, ids=name_of)
+def test_five_steps_equal_the_float64_oracles(settings, optimizer_class):
+    base, model, layer = make(settings)
+    oracle = Oracle(base[0].weight, base[0].bias, layer.fura_core["default"], settings)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    x, target = torch.randn(32, IN), torch.randn(32, OUT)
+    assert relative_error(model(x), oracle(x.double())) < TOLERANCE[torch.float32], "output at the start"
+    options = {"lr": 1e-2} | ({"weight_decay": 0.0} if optimizer_class is torch.optim.AdamW else {})
+    optimizers = [optimizer_class(trained, **options), optimizer_class(oracle.trained, **options)]
+    for step in range(5):
+        losses = [((model(x) - target) ** 2).mean(), ((oracle(x.double()) - target.double()) ** 2).mean()]
+        for loss, optimizer in zip(losses, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+        if step == 0:
+            ours = sum(float(p.grad.double().square().sum()) for p in trained)
+            theirs = sum(float(p.grad.square().sum()) for p in oracle.trained)
+            assert ours == pytest.approx(theirs, rel=1e-4), "squared norm of the gradient"
+        for optimizer in optimizers:
+            optimizer.step()
+    assert relative_error(base[0].weight, oracle.weight()) > 1e-3, "the steps must have moved the weight"
+    # AdamW divides by a square root of tiny second moments, which rounding reaches: ten times the plain tolerance
+    tolerance = TOLERANCE[torch.float32] * (10 if optimizer_class is torch.optim.AdamW else 1)
+    assert relative_error(layer.folded_weight(["default"]), oracle.weight()) < tolerance
+    assert relative_error(layer.get_delta_weight("default") + base[0].weight, oracle.weight()) < tolerance
+    assert relative_error(model.merge_and_unload()[0].weight, oracle.weight()) < tolerance
+
+
+@pytest.mark.parametrize("settings", CASES, ids=name_of)
+def test_merge_unmerge_disable_and_unload(settings):
+    base, model, layer = make(settings | {"init_weights": False})
+    x = torch.randn(5, IN)
+    adapted, plain = model(x), base(x)
+    assert relative_error(adapted, plain) > 1e-3
+    model.merge_adapter(safe_merge=True)
+    assert relative_error(model(x), adapted) < TOLERANCE[torch.float32]
+    model.unmerge_adapter()
+    assert torch.equal(model(x), adapted)
+    exact = settings.get("form") == "base" or settings.get("train_core") in ("large", "both")
+    with model.disable_adapter():
+        assert torch.equal(model(x), plain) if exact else relative_error(model(x), plain) < TOLERANCE[torch.float32]
+    unloaded = model.unload()
+    assert type(unloaded[0]) is nn.Linear
+    assert relative_error(unloaded(x), plain) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("settings", CASES, ids=name_of)
+def test_save_and_load_give_the_same_function(settings, tmp_path):
+    from peft import PeftModel
+
+    base, model, _ = make(settings | {"init_weights": False})
+    model.save_pretrained(tmp_path)
+    x = torch.randn(5, IN)
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert relative_error(loaded(x), model(x)) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("axis", ["in", "out"])
+@pytest.mark.parametrize("form", ["base", "core"])
+def test_conv1d_is_a_linear_layer_with_its_weight_transposed(form, axis):
+    base, model, layer = make({"form": form, "block_axis": axis, "init_weights": False}, conv1d=True)
+    assert layer.fura_core["default"].basis_v.shape[:2].numel() == (IN if axis == "in" else OUT)
+    x = torch.randn(2, 5, IN)
+    folded = layer.folded_weight(["default"])
+    assert folded.shape == base[0].weight.shape
+    assert relative_error(model(x), x @ folded + base[0].bias) < TOLERANCE[torch.float32]
+    merged = model.merge_and_unload()[0]
+    assert type(merged) is Conv1D
+    assert relative_error(merged(x), x @ folded + base[0].bias) < TOLERANCE[torch.float32]
