@@ -126,7 +126,7 @@ def test_five_steps_equal_the_float64_oracles(settings, optimizer_class):
 
 @pytest.mark.parametrize("settings", CASES, ids=name_of)
 def test_merge_unmerge_disable_and_unload(settings):
-    base, model, layer = make(settings | {"init_weights": False})
+    base, model, _ = make(settings | {"init_weights": False})
     x = torch.randn(5, IN)
     adapted, plain = model(x), base(x)
     assert relative_error(adapted, plain) > 1e-3

@@ -244,6 +244,10 @@ def add_update(x: torch.Tensor, update: torch.Tensor, onto: torch.Tensor | None 
     `onto` None means x itself: (I + D) x.  Adding to x instead of multiplying by I + D keeps the small entries of D in
     16-bit types, and x itself bit for bit where D is 0.
     """
+    if torch.compiler.is_compiling():  # the compiler chooses layouts itself and takes no in-place product on a view
+        n, b, _ = update.shape
+        start, x_blocks = (_as_blocks(t, n, b) for t in (x if onto is None else onto, x))
+        return torch.baddbmm(start, x_blocks, update.to(x.dtype).mT).transpose(0, 1).reshape(x.shape)
     return _AddUpdate.apply(x, update.to(x.dtype), onto)
 
 

@@ -1,0 +1,283 @@
+"""FuRA in the circumstances PEFT users bring: dtypes, autocast, compile, checkpointing, overrides, combinations."""
+
+import copy
+
+import pytest
+import torch
+from conftest import TOLERANCE, relative_error
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import save_as_lora
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from fura_rl import FuraConfig
+from fura_rl.adapters.fura_tuner import fura_layers
+
+FORMS = [{"form": form, "block_axis": axis} for form in ("base", "core") for axis in ("in", "out")]
+
+
+def mlp(dtype=torch.float32):
+    return nn.Sequential(nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 12, bias=False)).to(dtype)
+
+
+def adapted(base, **settings):
+    return get_peft_model(
+        copy.deepcopy(base), FuraConfig(**{"target_modules": ["0", "2"], "init_weights": False} | settings)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("settings", FORMS, ids=str)
+def test_other_dtypes_compute_what_float32_computes(dtype, settings):
+    base = mlp()
+    model = adapted(base, **settings)
+    other = adapted(base.to(dtype), **settings)
+    other.load_state_dict({k: v for k, v in model.state_dict().items() if "base_layer" not in k}, strict=False)
+    x = torch.randn(9, 24)
+    output = other(x.to(dtype))
+    assert output.dtype == dtype
+    assert relative_error(output, model(x)) < max(TOLERANCE[dtype], 1e-5) * (2 if settings["form"] == "core" else 1)
+    output.float().square().sum().backward()
+    trained = [p for p in other.parameters() if p.requires_grad]
+    assert trained
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
+
+
+@pytest.mark.parametrize("settings", FORMS, ids=str)
+def test_autocast_starts_at_the_base_models_autocast_output_and_keeps_float32_gradients(settings):
+    base = mlp()
+    model = adapted(base, init_weights=True, **settings)
+    x = torch.randn(9, 24, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, output = base(x), model(x)
+    assert output.dtype == expected.dtype == torch.bfloat16
+    assert torch.equal(output, expected) if settings["form"] == "base" else relative_error(output, expected) < 2e-2
+    output.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("settings", FORMS, ids=str)
+def test_compiles_in_one_graph(settings):
+    model = adapted(mlp(), **settings)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(9, 24)
+    expected = model(x)
+    assert relative_error(compiled(x), expected) < TOLERANCE[torch.float32]
+    grads = []
+    for function in (model, compiled):
+        model.zero_grad()
+        function(x).square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    assert all(relative_error(b, a) < 1e-4 for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("settings", FORMS, ids=str)
+def test_gradient_checkpointing_gives_the_same_gradients(tied_checkpoint, settings):
+    ids = torch.randint(5, 30, (2, 16))
+    grads = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(tied_checkpoint)
+        model = get_peft_model(model, FuraConfig(init_weights=False, **settings)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            model.enable_input_require_grads()
+        model(input_ids=ids, labels=ids).loss.backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(relative_error(b, a) < 1e-4 for a, b in zip(*grads, strict=True))
+
+
+def test_only_the_input_and_small_matrices_are_saved_for_the_backward():
+    """x (and on a frozen linear map nothing else): tensors as large as an activation are counted through the hooks."""
+    base = nn.Linear(64, 48, bias=False)
+    tokens = 512
+    for axis, kept in (("in", 64), ("out", 48)):
+        model = get_peft_model(nn.Sequential(copy.deepcopy(base)), FuraConfig(target_modules=["0"], block_axis=axis))
+        saved = {}
+
+        def note(tensor, saved=saved):
+            if tensor.numel() >= tokens * 16:
+                saved[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            model(torch.randn(tokens, 64, requires_grad=True))
+        assert list(saved.values()) == [tokens * kept]
+
+
+def test_tensors_made_on_the_meta_device_are_filled_by_a_checkpoint(tmp_path):
+    base = mlp()
+    model = adapted(base)
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        empty = get_peft_model(mlp(), FuraConfig(target_modules=["0", "2"]))
+    assert all(t.device.type == "meta" for t in [*empty.parameters(), *empty.buffers()])
+    empty.load_state_dict(model.state_dict(), assign=True)
+    x = torch.randn(3, 24)
+    assert torch.equal(empty(x), model(x))
+
+
+def test_low_cpu_mem_usage_loads_without_converting_again(tmp_path, monkeypatch):
+    base = mlp()
+    model = adapted(base)
+    model.save_pretrained(tmp_path)
+
+    def refuse(*args):
+        raise AssertionError("the saved basis makes a conversion needless")
+
+    monkeypatch.setattr("fura_rl.adapters.blocks.svd_frame", refuse)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, low_cpu_mem_usage=True)
+    x = torch.randn(3, 24)
+    assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_a_core_form_whose_saved_basis_differs_takes_the_saved_one(tmp_path, quantize):
+    """Another machine's SVD may flip signs: here every second singular pair is flipped before the adapter is saved."""
+    base = mlp()
+    settings = {"form": "core", "quantize_core": quantize}
+    model = adapted(base, **settings)
+    for layer in fura_layers(model):
+        core = layer.fura_core["default"]
+        flips = torch.ones(core.basis_v.shape[-1])
+        flips[::2] = -1
+        core.basis_v *= flips
+        core.delta_r.data *= flips[:, None]
+        layer.base_layer.replace(layer.base_layer.dense() * flips.repeat(core.basis_v.shape[0]))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    x = torch.randn(3, 24)
+    # NF4's codes are not symmetric, so a flipped column is rounded a little otherwise
+    assert relative_error(loaded(x), model(x)) < (TOLERANCE[torch.float32] if quantize is None else 0.1)
+
+
+def test_overrides_choose_blocks_per_module_and_keys_that_match_nothing_are_named():
+    with pytest.warns(UserWarning, match=r"block_size_pattern has keys that match no adapted module: \['nope'\]"):
+        model = adapted(mlp(), block_axis="out", block_size_pattern={"0": 8, "nope": 2}, block_axis_pattern={"2": "in"})
+    cores = [layer.fura_core["default"] for layer in fura_layers(model)]
+    assert [(core.axis, core.block_size) for core in cores] == [("out", 8), ("in", 4)]
+
+
+def test_head_blocks_follow_the_models_head_dimension_where_it_divides(tied_checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(tied_checkpoint, intermediate_size=80, ignore_mismatched_sizes=True)
+    head_dim = model.config.head_dim
+    with pytest.warns(UserWarning, match=r"block_size='head' does not divide 2 layers, e.g. model.layers.0.mlp"):
+        model = get_peft_model(model, FuraConfig(block_size="head", target_modules=["o_proj", "down_proj"]))
+    sizes = {layer.layer_name.rpartition(".")[2]: layer.fura_core["default"].block_size for layer in fura_layers(model)}
+    assert sizes["o_proj"] == head_dim
+    assert sizes["down_proj"] != head_dim
+
+
+def test_head_blocks_need_a_head_dimension():
+    with pytest.raises(ValueError, match="config gives no head dimension for 0"):
+        adapted(mlp(), block_size="head")
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "fura_only"])
+def test_biases_train_and_travel_with_the_adapter(bias, tmp_path):
+    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model = get_peft_model(copy.deepcopy(base), FuraConfig(target_modules=["0"], bias=bias))
+    trained = {name.split(".")[2] for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")}
+    assert trained == {"none": set(), "all": {"0", "1"}, "fura_only": {"0"}}[bias]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    model.save_pretrained(tmp_path)
+    x = torch.randn(3, 8)
+    assert torch.allclose(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(x), model(x), atol=1e-6)
+
+
+def test_layers_to_transform_and_modules_to_save(tied_checkpoint):
+    config = FuraConfig(target_modules=["q_proj"], layers_to_transform=[1], modules_to_save=["norm"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tied_checkpoint), config)
+    assert [layer.layer_name for layer in fura_layers(model)] == ["model.layers.1.self_attn.q_proj"]
+    assert any("modules_to_save" in name and p.requires_grad for name, p in model.named_parameters())
+
+
+def test_tied_embeddings_stay_tied(tied_checkpoint):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tied_checkpoint), FuraConfig(init_weights=False))
+    merged = model.merge_and_unload()
+    assert merged.lm_head.weight.data_ptr() == merged.model.embed_tokens.weight.data_ptr()
+
+
+@pytest.mark.parametrize("axes", [("in", "in"), ("out", "out"), ("in", "out")])
+def test_active_adapters_of_different_axes_and_sizes_add_up(axes):
+    base = mlp()
+    model = adapted(base, block_axis=axes[0])
+    model.add_adapter("other", FuraConfig(target_modules=["0"], block_axis=axes[1], block_size=2, init_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+    layer = model.base_model.model[0]
+    x = torch.randn(3, 24)
+    weight = layer.base_layer.weight + layer.get_delta_weight("default") + layer.get_delta_weight("other")
+    assert relative_error(layer(x), nn.functional.linear(x, weight, layer.bias)) < 1e-5
+    assert relative_error(layer.folded_weight(["default", "other"]), weight) < 1e-6
+
+
+@pytest.mark.parametrize("treatment", ["train", "freeze", "merge_frozen", "merge_trained", "split"])
+def test_a_weighted_adapter_is_the_exact_combination(treatment):
+    model = adapted(mlp(), singular_values=treatment)
+    model.add_adapter("other", FuraConfig(target_modules=["0", "2"], singular_values=treatment, init_weights=False))
+    model.add_weighted_adapter(["default", "other"], [0.7, -0.2], "mix")
+    for layer in fura_layers(model):
+        expected = 0.7 * layer.get_delta_weight("default") - 0.2 * layer.get_delta_weight("other")
+        assert relative_error(layer.get_delta_weight("mix"), expected) < 1e-5
+
+
+def test_a_weighted_adapter_of_different_blocks_is_refused():
+    model = adapted(mlp())
+    model.add_adapter("other", FuraConfig(target_modules=["0", "2"], block_size=2))
+    with pytest.raises(ValueError, match=r"0: adapters .* have different blocks"):
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "mix")
+    with pytest.raises(ValueError, match="there is no adapter"):
+        model.add_weighted_adapter(["default", "absent"], [0.5, 0.5], "mix")
+
+
+def test_a_converted_lora_of_full_rank_is_the_same_update(tmp_path):
+    base = mlp()
+    model = adapted(base, target_modules=["0"])
+    save_as_lora(tmp_path, model, rank=16)
+    x = torch.randn(3, 24)
+    assert relative_error(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(x), model(x)) < 1e-5
+
+
+def test_hotswap_is_refused_clearly(tmp_path):
+    from peft.utils.hotswap import hotswap_adapter
+
+    model = adapted(mlp())
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"(?i)hotswap.*FURA"):
+        hotswap_adapter(model, tmp_path, adapter_name="default")
+
+
+def test_the_core_form_does_not_share_its_layer():
+    model = adapted(mlp(), form="core")
+    with pytest.raises(ValueError, match="an adapter in core form owns its layer"):
+        model.add_adapter("other", FuraConfig(target_modules=["0"]))
+
+
+def test_layers_that_fura_cannot_take_are_refused_by_name():
+    from peft import LoraConfig
+
+    with_lora = get_peft_model(mlp(), LoraConfig(target_modules=["0"]))
+    with pytest.raises(TypeError, match=r"0 carries another adapter already.*unload\(\) that one first"):
+        get_peft_model(with_lora.base_model.model, FuraConfig(target_modules=["0"]))
+    with_fura = adapted(mlp())
+    with pytest.raises(ValueError, match="already carries an adapter called 'default'"):
+        get_peft_model(with_fura.base_model.model, FuraConfig(target_modules=["0"]))
+    integers = mlp()
+    integers[0].weight = nn.Parameter(torch.ones(16, 24, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(TypeError, match=r"0 has torch.int8 weights"):
+        adapted(integers)
+
+
+def test_the_random_basis_warns_of_what_it_loses():
+    with pytest.warns(UserWarning, match="0: basis='random' keeps the base weight up to a relative error of 0"):
+        adapted(mlp(), basis="random", form="core", singular_values="merge_trained")
+
+
+def test_core_dtype_is_kept():
+    for core_dtype in ("float32", "bfloat16"):
+        model = adapted(mlp(torch.bfloat16), core_dtype=core_dtype)
+        dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
+        assert dtypes == {core_dtype}

@@ -1,0 +1,158 @@
+"""FuRA over 4-bit and 8-bit weights, with bitsandbytes' own CPU kernels."""
+
+import copy
+
+import pytest
+import torch
+from conftest import TOLERANCE, relative_error
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from fura_rl import FuraConfig
+from fura_rl.adapters.fura_tuner import fura_layers
+
+bnb = pytest.importorskip("bitsandbytes")
+BACKENDS = ["4bit", "8bit"]
+
+
+def plain():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 64, bias=False))
+
+
+def quantized(kind):
+    """`plain()` as transformers' loading leaves it: linear layers of bitsandbytes around the same weights."""
+    model = plain()
+    for index in (0, 2):
+        layer = model[index]
+        has_bias = layer.bias is not None
+        if kind == "4bit":
+            new = bnb.nn.Linear4bit(
+                layer.in_features, layer.out_features, bias=has_bias, quant_type="nf4", compute_dtype=torch.float32
+            )
+            new.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+        else:
+            new = bnb.nn.Linear8bitLt(layer.in_features, layer.out_features, bias=has_bias, has_fp16_weights=False)
+            new.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+        if has_bias:
+            new.bias = nn.Parameter(layer.bias.data, requires_grad=False)
+        model[index] = new.to("cpu")
+    return model
+
+
+def adapted(base, **settings):
+    config = FuraConfig(**{"target_modules": ["0", "2"], "init_weights": False} | settings)
+    return get_peft_model(base, config)
+
+
+@pytest.mark.parametrize("axis", ["in", "out"])
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_base_form_over_a_quantized_layer_starts_at_its_output_and_trains(kind, axis):
+    base = quantized(kind)
+    x = torch.randn(7, 128)
+    expected = base(x)
+    model = adapted(base, block_axis=axis, init_weights=True)
+    assert torch.equal(model(x), expected)
+    model(x).square().sum().backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32}
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained if p.shape[-1] != p.shape[0])
+
+
+@pytest.mark.parametrize("axis", ["in", "out"])
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_the_folded_weight_of_a_quantized_layer_is_16_bit_and_exact(kind, axis):
+    """W (I + D) of the dequantized W: what a rollout engine gets, with no second quantization."""
+    model = adapted(quantized(kind), block_axis=axis)
+    layer = fura_layers(model)[0]
+    folded = layer.folded_weight(["default"])
+    weight = layer.pristine_weight()
+    assert relative_error(folded, weight + layer.get_delta_weight("default")) < TOLERANCE[torch.float32]
+    x = torch.randn(7, 128)
+    expected = nn.functional.linear(x, folded, layer.bias)
+    # bitsandbytes' 8-bit product rounds the activations too
+    assert relative_error(layer(x), expected) < (1e-4 if kind == "4bit" else 2e-2)
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_merging_into_a_quantized_layer_is_undone_to_the_bit(kind):
+    model = adapted(quantized(kind))
+    x = torch.randn(7, 128)
+    with torch.no_grad():
+        adapted_output = model(x)
+        with model.disable_adapter():
+            before = model(x)
+        model.merge_adapter()
+        merged = model(x)
+        assert relative_error(merged, adapted_output) < 0.2, "requantized: equal up to the quantization's own error"
+        model.unmerge_adapter()
+        assert torch.equal(model(x), adapted_output)
+        with model.disable_adapter():
+            assert torch.equal(model(x), before)
+
+
+def nf4(weight):
+    """NF4 there and back, as bitsandbytes does it."""
+    packed, state = bnb.functional.quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=True)
+    return bnb.functional.dequantize_4bit(packed, state)
+
+
+@pytest.mark.parametrize("axis", ["in", "out"])
+@pytest.mark.parametrize("treatment", ["train", "freeze", "merge_frozen", "merge_trained", "split"])
+def test_qfura_is_the_papers_formula_with_a_quantized_large_core(treatment, axis):
+    base = plain()
+    model = adapted(
+        copy.deepcopy(base),
+        form="core",
+        quantize_core="nf4",
+        singular_values=treatment,
+        block_axis=axis,
+        block_size=16,
+        target_modules=["0"],
+    )
+    layer = model.base_model.model[0]
+    core = layer.fura_core["default"]
+    weight = base[0].weight.double()
+    pieces = []
+    for i, block in enumerate((weight if axis == "in" else weight.T).split(16, dim=1)):
+        left, values, right = torch.linalg.svd(block, full_matrices=False)
+        signs = (right @ core.basis_v[i].double()).diagonal().sign()
+        inside = {"merge_frozen": values, "split": values.sqrt()}.get(treatment, torch.ones_like(values))
+        pieces.append(left * signs * inside)
+    large = torch.cat(pieces, dim=1).float()
+    stored = nf4(large if axis == "in" else large.T.contiguous())
+    assert relative_error(layer.base_layer.dense(), stored) < 1e-2
+    assert relative_error(layer.base_layer.dense(), large if axis == "in" else large.T) > 1e-2, "4 bits are rounded"
+    x = torch.randn(7, 128)
+    expected = nn.functional.linear(x, layer.folded_weight(["default"]), layer.bias)
+    assert relative_error(layer(x), expected) < 1e-4
+    layer(x).square().sum().backward()
+    assert layer.base_layer.weight.dtype == torch.uint8
+    assert layer.base_layer.weight.numel() <= base[0].weight.numel() / 2 + 64
+
+
+def test_qfura_saves_loads_merges_and_unloads(tmp_path):
+    base = plain()
+    model = adapted(copy.deepcopy(base), form="core", quantize_core="nf4")
+    model.save_pretrained(tmp_path)
+    x = torch.randn(7, 128)
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert relative_error(loaded(x), model(x)) < 1e-5
+    expected = model(x)
+    merged = model.merge_and_unload()
+    assert type(merged[0]) is nn.Linear
+    assert relative_error(merged(x), expected) < 1e-4
+
+
+def test_bits_per_weight_of_nf4():
+    """4 bits, one 8-bit scale for 64 weights, one 32-bit scale for 256 of those: 4 + 8/64 + 32/(64*256) = 4.127."""
+    weight = torch.randn(1024, 1024)
+    model = adapted(
+        nn.Sequential(nn.Linear(1024, 1024, bias=False)), target_modules=["0"], form="core", quantize_core="nf4"
+    )
+    state = model.base_model.model[0].base_layer.weight.quant_state
+    assert state.nested
+    stored = model.base_model.model[0].base_layer.weight
+    bits = 8 * (stored.numel() + state.absmax.numel() * state.absmax.element_size() + 4 * state.state2.absmax.numel())
+    assert bits / weight.numel() == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-3)
