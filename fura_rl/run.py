@@ -15,6 +15,7 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback, TrainerControl, TrainerState
+from trl import get_quantization_config
 
 from fura_rl import report
 from fura_rl.adapters.registry import find_method, peft_config_for
@@ -81,6 +82,7 @@ def prepare_run(arguments: RunArguments) -> Run:
         train_dataset=train_set,
         processing_class=tokenizer,
         peft_config=peft_config,
+        quantization_config=get_quantization_config(model_args),
         callbacks=[interrupt],
     )
     trainer.remove_callback(ProgressCallback)

@@ -22,6 +22,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 
+from fura_rl.adapters.fura_config import FuraConfig
+from fura_rl.adapters.fura_tuner import restore_core_dtype
 from fura_rl.data import encode_prompts
 from fura_rl.sync import probe
 from fura_rl.sync.vllm_engine import InProcessEngine, cpu_cache_settings
@@ -60,6 +62,7 @@ class FuraGRPOTrainer(GRPOTrainer):
         timed = [self._timed("reward", reward) if callable(reward) else reward for reward in rewards if reward]
         with engine_class(self._make_engine):
             super().__init__(model, timed, args, peft_config=peft_config, **kwargs)
+        keep_core_dtype(self.accelerator.unwrap_model(self.model))
         if self.use_vllm:
             self._take_over_sync()
 
@@ -200,6 +203,13 @@ def take_over(trainer: GRPOTrainer) -> Any:
             "version, or bring fura_rl/trainer.py up to the new layout"
         )
     return generation
+
+
+def keep_core_dtype(policy: nn.Module) -> None:
+    """Undo for FuRA what TRL does to a quantized policy: trained tensors in bfloat16, which swallows small steps."""
+    for name, config in getattr(policy, "peft_config", {}).items():
+        if isinstance(config, FuraConfig):
+            restore_core_dtype(policy, name, config.core_dtype or "float32")
 
 
 class SaveOnInterrupt(TrainerCallback):

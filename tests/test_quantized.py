@@ -91,6 +91,23 @@ def test_merging_into_a_quantized_layer_is_undone_to_the_bit(kind):
             assert torch.equal(model(x), before)
 
 
+def test_running_in_eval_mode_leaves_a_4_bit_weight_as_it_was():
+    """On a CPU with AVX512-BF16 bitsandbytes would repack it, and the fold would read noise."""
+    model = adapted(quantized("4bit")).eval()
+    layer = fura_layers(model)[0]
+    before = layer.folded_weight(["default"])
+    with torch.no_grad():
+        model(torch.randn(3, 128))
+    assert torch.equal(layer.folded_weight(["default"]), before)
+
+
+def test_a_4_bit_weight_that_was_repacked_already_is_refused():
+    base = quantized("4bit")
+    base[0].weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(TypeError, match="0: bitsandbytes has repacked its 4-bit weight"):
+        adapted(base)
+
+
 def nf4(weight):
     """NF4 there and back, as bitsandbytes does it."""
     packed, state = bnb.functional.quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=True)

@@ -41,9 +41,9 @@ def engines(tied_checkpoint, untied_checkpoint, bfloat16_checkpoint):
     return get
 
 
-def make_sync(engine, folder, adapter, targets=None, dtype=torch.float32):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    config = peft_config_for(adapter, ModelConfig(), targets, None)
+def make_sync(engine, folder, adapter, targets=None, dtype=torch.float32, adapter_kwargs=None, **loading):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **loading)
+    config = peft_config_for(adapter, ModelConfig(), targets, adapter_kwargs)
     policy = model if config is None else get_peft_model(model, config)
     tokens = AutoTokenizer.from_pretrained(folder)(PROMPT)["input_ids"]
     sync = WeightSync(policy, engine, tokens)
@@ -64,6 +64,42 @@ def test_engine_and_trainer_agree_after_many_syncs(engines, checkpoint, adapter)
     assert probe.max_gap(start, probe.trainer_logprobs(policy, sync.probe_token_ids)) > 100 * PARITY_NATS, (
         "it must move"
     )
+
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "adapter_kwargs", "quantization", "tolerance"),
+    [
+        ("fura", {"form": "core"}, None, PARITY_NATS),
+        ("fura", {"block_axis": "out"}, None, PARITY_NATS),
+        ("fura", {"form": "core", "quantize_core": "nf4"}, None, PARITY_NATS),
+        ("fura", None, NF4, PARITY_NATS),
+        ("lora", None, NF4, PARITY_NATS),
+        # bitsandbytes rounds the activations of an 8-bit product as well, which no engine repeats
+        ("fura", None, {"load_in_8bit": True}, 0.1),
+    ],
+    ids=["core form", "row blocks", "QFuRA", "FuRA on a 4-bit base", "QLoRA", "FuRA on an 8-bit base"],
+)
+def test_the_engine_serves_folded_weights_of_every_storage(engines, adapter, adapter_kwargs, quantization, tolerance):
+    from transformers import BitsAndBytesConfig
+
+    loading = {}
+    if quantization:
+        options = quantization | ({"bnb_4bit_compute_dtype": "float32"} if "load_in_4bit" in quantization else {})
+        loading = {"quantization_config": BitsAndBytesConfig(**options)}
+    # q_proj alone is adapted, so its fused siblings and the other quantized layers must come along
+    policy, sync = make_sync(
+        *engines("untied"), adapter, ["q_proj", "o_proj"], adapter_kwargs=adapter_kwargs, **loading
+    )
+    sync.version = 0
+    start = probe.trainer_logprobs(policy, sync.probe_token_ids)
+    for step in range(5):
+        perturb_trained(policy, 0.05, seed=step)
+        assert sync.sync().probe_max_gap < tolerance
+    moved = probe.max_gap(start, probe.trainer_logprobs(policy, sync.probe_token_ids))
+    assert moved > 100 * PARITY_NATS, "it must move"
 
 
 def test_a_fused_module_arrives_whole_when_only_one_member_is_adapted(engines):

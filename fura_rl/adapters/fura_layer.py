@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils import resolve_quantization_backend
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -21,6 +21,7 @@ from fura_rl.adapters import blocks
 from fura_rl.adapters.fura_config import FuraConfig
 from fura_rl.adapters.fura_core import FuraCore
 from fura_rl.adapters.large_core import LargeCore
+from fura_rl.adapters.quantized import keep_layout
 
 
 class FuraLinear(nn.Module, BaseTunerLayer):
@@ -34,6 +35,7 @@ class FuraLinear(nn.Module, BaseTunerLayer):
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
+        keep_layout(base_layer)
         self.quantization_backend = resolve_quantization_backend(
             base_layer, get_apply_tensor_subclass=options.pop("get_apply_tensor_subclass", None)
         )
@@ -343,6 +345,9 @@ class FuraLinear(nn.Module, BaseTunerLayer):
             large = blocks.large_core(weight, saved, blocks.core_scale(values, core.treatment, core.train_core))
             self._large_layer().replace((large if core.axis == "in" else large.mT).contiguous())
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
 
     def __repr__(self) -> str:
         return "fura." + super().__repr__()

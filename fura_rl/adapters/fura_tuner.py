@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fura_rl.adapters.fura_config import FuraConfig, FuraPeftType
 from fura_rl.adapters.fura_layer import FuraLinear
+from fura_rl.adapters.quantized import was_repacked
 
 # The paper adapts all seven projections; for architectures that name them otherwise PEFT's own choice stands.
 PAPER_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -92,7 +93,8 @@ class FuraModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """PEFT makes 16-bit adapters float32; a `core_dtype` that was asked for stands."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        restore_core_dtype(self.model, adapter_name, self.peft_config[adapter_name])
+        if core_dtype := self.peft_config[adapter_name].core_dtype:
+            restore_core_dtype(self.model, adapter_name, core_dtype)
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
         """A new adapter whose update is the weighted sum of others': their block matrices combine exactly.
@@ -144,14 +146,12 @@ def head_dimension(model_config: dict[str, Any]) -> int | None:
     return hidden // heads if heads and hidden else None
 
 
-def restore_core_dtype(model: nn.Module, adapter_name: str, config: FuraConfig) -> None:
-    """Give the trained tensors the `core_dtype` that was asked for, where there is one."""
-    if config.core_dtype is None:
-        return
+def restore_core_dtype(model: nn.Module, adapter_name: str, core_dtype: str) -> None:
+    """Give an adapter's trained tensors the dtype that was asked for, whatever another library cast them to."""
     for layer in fura_layers(model):
         if adapter_name in layer.fura_core:
             for parameter in layer.fura_core[adapter_name].parameters():
-                parameter.data = parameter.data.to(getattr(torch, config.core_dtype))
+                parameter.data = parameter.data.to(getattr(torch, core_dtype))
 
 
 def warn_of_dropped_directions(layers: list[FuraLinear]) -> None:
@@ -178,6 +178,11 @@ def check_supported(target: nn.Module, name: str) -> None:
         raise TypeError(
             f"{name} is quantized by {backend.backend_name}, which gives no weight back, and FuRA needs its SVD; "
             "load the model with bitsandbytes or unquantized"
+        )
+    if backend is not None and was_repacked(target):
+        raise TypeError(
+            f"{name}: bitsandbytes has repacked its 4-bit weight for inference on this CPU; load the model again, and "
+            "adapt it before it runs in eval mode"
         )
     if backend is None and not isinstance(target, nn.Linear | Conv1D):
         raise TypeError(f"{name} is a {type(target).__name__}; FuRA adapts linear layers (nn.Linear, Conv1D) only")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
+
+from fura_rl.adapters.quantized import nf4_dense, nf4_linear, nf4_parameter
 
 
 class LargeCore(nn.Module):
@@ -23,17 +24,11 @@ class LargeCore(nn.Module):
         self._parameters["bias"] = bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.quantize:
-            return nn.functional.linear(x, self.weight)
-        import bitsandbytes as bnb
-
-        return bnb.matmul_4bit(x, self.weight.t(), quant_state=self.weight.quant_state)
+        return nf4_linear(x, self.weight) if self.quantize else nn.functional.linear(x, self.weight)
 
     def dense(self) -> torch.Tensor:
         """The large core as stored, dequantized where it is quantized."""
-        if not self.quantize:
-            return self.weight.data
-        return dequantize_bnb_weight(self.weight, state=self.weight.quant_state).to(self.compute_dtype)
+        return nf4_dense(self.weight).to(self.compute_dtype) if self.quantize else self.weight.data
 
     def replace(self, weight: torch.Tensor) -> None:
         """Store another core of the same shape.
@@ -44,19 +39,3 @@ class LargeCore(nn.Module):
         weight = weight.to(self.compute_dtype)
         frozen = nf4_parameter(weight) if self.quantize else nn.Parameter(weight, requires_grad=False)
         self._parameters["weight"] = frozen
-
-
-def nf4_parameter(weight: torch.Tensor) -> nn.Parameter:
-    """`weight` in NF4 with double quantization (QLoRA, arXiv 2305.14314): 4.127 bits a number.
-
-    Raises:
-        ImportError: where bitsandbytes is not installed.
-    """
-    try:
-        import bitsandbytes as bnb
-    except ImportError as error:
-        raise ImportError("quantize_core='nf4' needs bitsandbytes: pip install bitsandbytes") from error
-    parameter = bnb.nn.Params4bit(
-        weight.contiguous(), requires_grad=False, quant_type="nf4", compress_statistics=True, blocksize=64
-    )
-    return parameter.to(weight.device)  # bitsandbytes quantizes at the move to a device

@@ -15,19 +15,22 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from fura_rl.adapters.fura_layer import FuraLinear
+from fura_rl.adapters.quantized import dequantized_weight, holds_packed_weight
 
 
 @dataclass(frozen=True)
 class CheckpointWeight:
     """One tensor of the policy under its checkpoint name, e.g. `model.layers.0.self_attn.q_proj.weight`.
 
-    `layer` is the adapter layer that changes it, or None; `trained` says whether its value differs from the base
-    checkpoint's (folded, or a parameter that takes gradients).
+    `layer` is the adapter layer that changes it, or None; `trained` says whether training moves its value (folded, or a
+    parameter that takes gradients).  `quantized` is the bare quantized layer it belongs to, or None: its value never
+    moves, but it is not the 16-bit checkpoint's either.
     """
 
     name: str
     parameter: nn.Parameter
     layer: BaseTunerLayer | None = None
+    quantized: nn.Module | None = None
 
     @property
     def trained(self) -> bool:
@@ -43,7 +46,9 @@ class CheckpointWeight:
         return [p for p in parameters if p.requires_grad]
 
     def value(self) -> torch.Tensor:
-        """The tensor to serve; in float32 or wider where it is folded."""
+        """The tensor to serve; in float32 or wider where it is folded, dequantized where its layer is quantized."""
+        if self.quantized is not None:
+            return dequantized_weight(self.quantized)
         return self.parameter.data if self.layer is None else folded_weight(self.layer)
 
 
@@ -80,8 +85,10 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[CheckpointWeight]:
     elif isinstance(module, AuxiliaryTrainingWrapper):
         raise NotImplementedError(f"{prefix}: the weight sync cannot fold a {type(module).__name__}")
     else:
+        packed = module if holds_packed_weight(module) else None
         for name, parameter in module.named_parameters(recurse=False):
-            yield CheckpointWeight(f"{prefix}.{name}".lstrip("."), parameter)
+            quantized = packed if name == "weight" else None
+            yield CheckpointWeight(f"{prefix}.{name}".lstrip("."), parameter, quantized=quantized)
         for name, child in module.named_children():
             yield from _walk(child, f"{prefix}.{name}".lstrip("."))
 
@@ -102,6 +109,8 @@ def folded_weight(layer: BaseTunerLayer) -> torch.Tensor:
         raise RuntimeError(
             f"{type(layer).__name__} is merged into its base weight; call unmerge_adapter() before a weight sync"
         )
+    if holds_packed_weight(layer.get_base_layer()):
+        return _folded_over_packed(layer)
     weight = layer.get_base_layer().weight
     pristine = weight.data
     weight.data = pristine.to(torch.promote_types(pristine.dtype, torch.float32), copy=True)
@@ -116,8 +125,23 @@ def folded_weight(layer: BaseTunerLayer) -> torch.Tensor:
     return folded
 
 
+def _folded_over_packed(layer: BaseTunerLayer) -> torch.Tensor:
+    """Dequantized weight plus the active adapters' deltas: no second quantization, unlike PEFT's own merge."""
+    active = [name for name in layer.active_adapters if name in layer._get_available_adapters()]
+    plain_lora = hasattr(layer, "lora_variant") and not any(name in layer.lora_variant for name in active)  # no DoRA
+    if not plain_lora and not all(layer.supports_lora_conversion(name) for name in active):
+        raise NotImplementedError(
+            f"{type(layer).__name__}: an adapter that is not a plain addition to its weight cannot be folded over a "
+            "quantized base; use fura or lora, or an unquantized base"
+        )
+    folded = dequantized_weight(layer.get_base_layer()).float()
+    return sum((layer.get_delta_weight(name).float() for name in active), start=folded)
+
+
 def pristine_weight(weight: CheckpointWeight) -> torch.Tensor:
     """The base value of `weight`, whether or not a FuRA adapter is merged at the moment."""
     if isinstance(weight.layer, FuraLinear):
         return weight.layer.pristine_weight()
+    if weight.layer is not None and holds_packed_weight(weight.layer.get_base_layer()):
+        return dequantized_weight(weight.layer.get_base_layer())
     return weight.parameter.data

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fura_rl.adapters.quantized import keep_layout
 from fura_rl.sync import probe
 from fura_rl.sync.fold import CheckpointWeight, checkpoint_weights, pristine_weight
 from fura_rl.sync.vllm_engine import InProcessEngine
@@ -88,7 +89,10 @@ class WeightSync:
         self.probe_token_ids = list(probe_token_ids)
         self.probe_every = probe_every
         self.compute_dtype = compute_dtype or next(model.parameters()).dtype
-        self.probe_tolerance = probe_tolerance or probe.default_tolerance(engine.dtype, self.compute_dtype)
+        dtypes = {engine.dtype, self.compute_dtype, *(p.dtype for p in model.parameters() if p.dtype == torch.int8)}
+        self.probe_tolerance = probe_tolerance or probe.default_tolerance(*dtypes)
+        for module in model.modules():
+            keep_layout(module)
         self.score = score
         self.version = 0
         self._previous_logprobs: torch.Tensor | None = None
@@ -97,6 +101,7 @@ class WeightSync:
         """Bring the engine to the policy's current weights.
 
         With `everything`, unadapted weights are sent too: for an engine whose memory was discarded while it slept.
+        The first sync also sends every weight that the policy holds quantized and the engine in 16 bits.
 
         Raises:
             FloatingPointError: where a trained parameter is not finite; the engine keeps the weights it has.
@@ -110,7 +115,7 @@ class WeightSync:
 
         def stream() -> Iterator[tuple[str, torch.Tensor]]:
             nonlocal payload_bytes, all_kept
-            for weight in select_weights(weights, self.engine.fused_modules, everything):
+            for weight in select_weights(weights, self.engine.fused_modules, everything, first=self.version == 0):
                 exact = weight.value()
                 delivered = exact.to(self.engine.dtype)
                 payload_bytes += delivered.numel() * delivered.element_size()
@@ -161,12 +166,16 @@ def refuse_non_finite(weights: list[CheckpointWeight]) -> None:
 
 
 def select_weights(
-    weights: list[CheckpointWeight], fused_modules: dict[str, list[str]], everything: bool
+    weights: list[CheckpointWeight], fused_modules: dict[str, list[str]], everything: bool, first: bool = False
 ) -> list[CheckpointWeight]:
-    """The weights to send: those that training changes, and every tensor of a module fused with one of them."""
+    """The weights to send: those that training changes, and every tensor of a module fused with one of them.
+
+    At the `first` sync those too that the policy holds quantized, since the engine has the checkpoint's own.
+    """
     if everything:
         return weights
-    touched = {owner(weight.module_name, fused_modules) for weight in weights if weight.trained}
+    changed = [weight for weight in weights if weight.trained or (first and weight.quantized is not None)]
+    touched = {owner(weight.module_name, fused_modules) for weight in changed}
     return [weight for weight in weights if owner(weight.module_name, fused_modules) in touched]
 
 

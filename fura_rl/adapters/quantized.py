@@ -1,0 +1,71 @@
+"""bitsandbytes as FuRA and the weight sync need it: NF4 tensors, and quantized layers whose weight can be read back."""
+
+from __future__ import annotations
+
+import torch
+from peft.utils import resolve_quantization_backend
+from peft.utils.integrations import dequantize_bnb_weight
+from torch import nn
+
+
+def nf4_parameter(weight: torch.Tensor) -> nn.Parameter:
+    """`weight` in NF4 with double quantization (QLoRA, arXiv 2305.14314): 4.127 bits a number.
+
+    Raises:
+        ImportError: where bitsandbytes is not installed.
+    """
+    try:
+        import bitsandbytes as bnb
+    except ImportError as error:
+        raise ImportError("quantize_core='nf4' needs bitsandbytes: pip install bitsandbytes") from error
+    parameter = bnb.nn.Params4bit(
+        weight.contiguous(), requires_grad=False, quant_type="nf4", compress_statistics=True, blocksize=64
+    )
+    return parameter.to(weight.device)  # bitsandbytes quantizes at the move to a device
+
+
+def nf4_linear(x: torch.Tensor, weight: nn.Parameter) -> torch.Tensor:
+    """x W^T for W in NF4."""
+    import bitsandbytes as bnb
+
+    return bnb.matmul_4bit(x, weight.t(), quant_state=weight.quant_state)
+
+
+def nf4_dense(weight: nn.Parameter) -> torch.Tensor:
+    return dequantize_bnb_weight(weight, state=weight.quant_state)
+
+
+def holds_packed_weight(module: nn.Module) -> bool:
+    """Whether this layer's `weight` is quantized: its parameter is then no number that could be loaded or folded."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and not weight.is_floating_point()
+
+
+def dequantized_weight(module: nn.Module) -> torch.Tensor:
+    """The weight (out, in) that a quantized layer computes with.
+
+    Raises:
+        NotImplementedError: where its quantization gives no weight back.
+    """
+    backend = resolve_quantization_backend(module)
+    if backend is None or was_repacked(module):
+        raise NotImplementedError(
+            f"{type(module).__name__} holds {module.weight.dtype} weights in a layout that PEFT cannot read back; load "
+            "the model again with bitsandbytes, and adapt it before it runs in eval mode on a CPU"
+        )
+    return backend.get_base_weight(module)
+
+
+def was_repacked(module: nn.Module) -> bool:
+    """Whether bitsandbytes has rewritten a 4-bit weight for its AVX512 kernel, which dequantization then misreads."""
+    return bool(getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False))
+
+
+def keep_layout(module: nn.Module) -> None:
+    """Keep bitsandbytes from rewriting a 4-bit weight at its first forward in eval mode on a CPU with AVX512-BF16.
+
+    That layout is for inference only: its scales are rounded to bfloat16 for good, and reading the weight back (a
+    merge, a fold) would give noise without an error.  Read in bitsandbytes 0.50, `Linear4bit.forward`.
+    """
+    if hasattr(module, "support_avx512bf16_for_cpu"):
+        module.support_avx512bf16_for_cpu = False
