@@ -1,0 +1,80 @@
+"""One whole GRPO step on a random model: generate, score, backward, AdamW; FuRA against LoRA and full fine-tuning.
+
+Rewards are drawn, not computed: what is measured is the policy's work.  Conversion of the whole model is timed as well.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from fura_rl.adapters.fura_config import FuraConfig
+from fura_rl.adapters.fura_tuner import PAPER_TARGETS
+from fura_rl.benchmark import measure
+from fura_rl.benchmark.measure import Settings
+from fura_rl.benchmark.models import random_model
+
+PROMPTS, ROLLOUTS = 2, 4
+
+
+def run(settings: Settings) -> list[dict[str, Any]]:
+    """One row per method, each on a model of its own, one after another so that peaks do not add up."""
+    rows = [measure_method(settings, method) for method in ("fura", "lora", "full")]
+    for row in rows:
+        row["fura_train_ratio"] = rows[0]["train_s"] / row["train_s"]
+    return rows
+
+
+def make_policy(settings: Settings, method: str) -> tuple[nn.Module, float]:
+    """The policy and the seconds that adapting it took."""
+    model = random_model(settings.model, settings.device, settings.dtype)
+    started = time.perf_counter()
+    if method == "fura":
+        model = get_peft_model(model, FuraConfig(target_modules=PAPER_TARGETS))
+    elif method == "lora":
+        model = get_peft_model(model, LoraConfig(target_modules=PAPER_TARGETS, r=32, lora_alpha=32))
+    measure.synchronize(settings.device)
+    return model, time.perf_counter() - started
+
+
+def measure_method(settings: Settings, method: str) -> dict[str, Any]:
+    policy, adapt_seconds = make_policy(settings, method)
+    policy.train()
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0)
+    length = 16 if settings.model == "tiny" else 128
+    vocabulary = policy.config.vocab_size
+    prompts = torch.randint(3, vocabulary, (PROMPTS, length), device=settings.device).repeat_interleave(ROLLOUTS, 0)
+
+    def rollout() -> torch.Tensor:
+        with torch.no_grad():
+            return policy.generate(
+                input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=True,
+                min_new_tokens=length, max_new_tokens=length,
+            )  # fmt: skip
+
+    def train(sequences: torch.Tensor) -> None:
+        rewards = torch.rand(PROMPTS, ROLLOUTS, device=settings.device)
+        advantages = (rewards - rewards.mean(1, keepdim=True)).flatten()
+        logits = policy(input_ids=sequences, logits_to_keep=length + 1).logits[:, :-1]
+        logprobs = logits.float().log_softmax(-1).gather(-1, sequences[:, -length:, None])[..., 0]
+        (-(advantages[:, None] * logprobs).mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    sequences = rollout()
+    calls = {"rollout_s": rollout, "train_s": lambda: train(sequences)}
+    times = measure.interleaved_medians(calls, settings)
+    held = sum(t.nbytes for t in [*policy.parameters(), *policy.buffers()])
+    return {
+        "model": settings.model,
+        "method": method,
+        "trained": sum(p.numel() for p in trained),
+        "adapt_s": adapt_seconds,
+        **times,
+        "peak_gb": (held + measure.peak_bytes(lambda: train(sequences), settings.device)) / 1e9,
+    }

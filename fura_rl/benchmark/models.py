@@ -1,0 +1,44 @@
+"""Model shapes to measure on: real sizes with random weights, nothing to download."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 512,
+    },
+    "qwen3-1.7b": {
+        "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+    },
+    "7b": {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 152064,
+    },
+}  # fmt: skip
+
+
+def layer_shapes(size: str) -> tuple[tuple[int, int], ...]:
+    """The distinct (out_features, in_features) of a model's adapted projections, square one first."""
+    s = SIZES[size]
+    hidden, heads = s["hidden_size"], s["num_attention_heads"] * s["head_dim"]
+    kv, inner = s["num_key_value_heads"] * s["head_dim"], s["intermediate_size"]
+    return tuple(dict.fromkeys([(heads, hidden), (kv, hidden), (inner, hidden), (hidden, inner)]))
+
+
+def random_model(size: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A Qwen3 of that size with random weights."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    settings = {"tie_word_embeddings": True, "max_position_embeddings": 4096} | SIZES[size]
+    config = Qwen3Config(**settings, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    torch.manual_seed(0)
+    with torch.device(device):
+        return Qwen3ForCausalLM._from_config(config, dtype=dtype)

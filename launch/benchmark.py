@@ -1,0 +1,83 @@
+"""Measure FuRA against its peers, side by side in one process: medians of interleaved runs, ratios, peak memory.
+
+    python launch/benchmark.py layer                     one adapted layer: forward, backward, memory
+    python launch/benchmark.py convert                   decomposing a layer
+    python launch/benchmark.py fold                      folding a layer for a sync
+    python launch/benchmark.py quantize                  error and bits of NF4, plain and with FuRA
+    python launch/benchmark.py sync                      a sync into a live vLLM engine
+    python launch/benchmark.py step                      a whole GRPO step on a random model
+    python launch/benchmark.py all --device cuda --out outputs/benchmark    everything, in under eight minutes
+
+Every result is checked against a float32 reference before it is timed.  Writes benchmark.json, benchmark.md (the
+README's tables) and layer.png to --out.  Needs torch, transformers and peft; sync needs vllm, quantize bitsandbytes,
+and what is missing is skipped with a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ["layer", "convert", "fold", "quantize", "sync", "step"]
+    parser.add_argument("benchmark", choices=[*names, "all"], help="which one, or all")
+    parser.add_argument("--device", help="cpu or cuda [cuda where there is one]")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="[bfloat16 on cuda, else float32]")
+    parser.add_argument("--sizes", nargs="+", help="model sizes whose layers are measured: tiny, qwen3-1.7b, 7b")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", help="tokens of the layer benchmark [64 1024 4096 (16384 on cuda)]"
+    )
+    parser.add_argument("--repeats", type=int, default=20, help="interleaved runs behind a median [20]")
+    parser.add_argument("--seconds", type=float, help="stop repeating a measurement after this long [cuda 1.5, cpu 10]")
+    parser.add_argument("--out", type=Path, default=Path("outputs/benchmark"), help="where the results go")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    args = parse(argv)
+    import torch
+
+    from fura_rl.benchmark import BENCHMARKS, report
+    from fura_rl.benchmark.measure import Settings, machine
+    from fura_rl.benchmark.models import SIZES, layer_shapes
+    from fura_rl.benchmark.sync import SkippedError
+
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    on_gpu = device.type == "cuda"
+    sizes = args.sizes or (["qwen3-1.7b", "7b"] if on_gpu else ["qwen3-1.7b"])
+    if unknown := sorted(set(sizes) - set(SIZES)):
+        print(f"error: --sizes {' '.join(unknown)} is not one of {', '.join(SIZES)}", file=sys.stderr)
+        return 2
+    if on_gpu and not torch.cuda.is_available():
+        print("error: --device cuda, but this torch sees no GPU; use --device cpu", file=sys.stderr)
+        return 2
+    settings = Settings(
+        device=device,
+        dtype=getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32")),
+        shapes=tuple(dict.fromkeys(shape for size in sizes for shape in layer_shapes(size))),
+        tokens=tuple(args.tokens or ([64, 1024, 4096, 16384] if on_gpu else [64, 1024, 4096])),
+        repeats=args.repeats,
+        seconds=args.seconds or (1.5 if on_gpu else 10.0),
+        model=sizes[0] if on_gpu else "tiny",
+    )
+    measured = machine(settings)
+    print(report.machine_line(measured), flush=True)
+    results = {}
+    for name in BENCHMARKS if args.benchmark == "all" else [args.benchmark]:
+        started = time.perf_counter()
+        try:
+            results[name] = BENCHMARKS[name](settings)
+        except (SkippedError, ImportError) as error:
+            print(f"\n{name}: skipped, {error}", flush=True)
+            continue
+        print(f"\n{name} ({time.perf_counter() - started:.0f} s)\n{report.markdown(results[name])}", flush=True)
+    print("\nwritten  " + "  ".join(str(path) for path in report.write(args.out, results, measured)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
