@@ -16,6 +16,7 @@ and what is missing is skipped with a line.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 from pathlib import Path
@@ -80,4 +81,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional kernel on every import
     sys.exit(main(sys.argv[1:]))

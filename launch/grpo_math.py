@@ -7,6 +7,7 @@ accelerate launch launch/grpo_math.py --config configs/qwen3-1.7b/fura.yaml    t
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
@@ -38,4 +39,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional kernel on every import
     sys.exit(main(sys.argv[1:]))
