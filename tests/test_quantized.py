@@ -101,11 +101,17 @@ def test_running_in_eval_mode_leaves_a_4_bit_weight_as_it_was():
     assert torch.equal(layer.folded_weight(["default"]), before)
 
 
-def test_a_4_bit_weight_that_was_repacked_already_is_refused():
+def test_a_4_bit_weight_that_was_repacked_already_is_brought_back():
     base = quantized("4bit")
-    base[0].weight.quant_state.packing_format_for_cpu = True
-    with pytest.raises(TypeError, match="0: bitsandbytes has repacked its 4-bit weight"):
-        adapted(base)
+    before = base[0].weight.detach().clone()
+    dense = bnb.functional.dequantize_4bit(base[0].weight.data, base[0].weight.quant_state)
+    layer = base[0]
+    packed = bnb.functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)  # as its forward does
+    layer.weight.data, layer.weight.quant_state = packed
+    with pytest.warns(UserWarning, match="4-bit weight was repacked"):
+        model = adapted(base)
+    assert torch.equal(base[0].base_layer.weight, before)
+    assert relative_error(fura_layers(model)[0].pristine_weight(), dense) < 0.02
 
 
 def nf4(weight):

@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 
 from fura_rl.adapters.fura_config import FuraConfig, FuraPeftType
 from fura_rl.adapters.fura_layer import FuraLinear
-from fura_rl.adapters.quantized import was_repacked
 
 # The paper adapts all seven projections; for architectures that name them otherwise PEFT's own choice stands.
 PAPER_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -178,11 +177,6 @@ def check_supported(target: nn.Module, name: str) -> None:
         raise TypeError(
             f"{name} is quantized by {backend.backend_name}, which gives no weight back, and FuRA needs its SVD; "
             "load the model with bitsandbytes or unquantized"
-        )
-    if backend is not None and was_repacked(target):
-        raise TypeError(
-            f"{name}: bitsandbytes has repacked its 4-bit weight for inference on this CPU; load the model again, and "
-            "adapt it before it runs in eval mode"
         )
     if backend is None and not isinstance(target, nn.Linear | Conv1D):
         raise TypeError(f"{name} is a {type(target).__name__}; FuRA adapts linear layers (nn.Linear, Conv1D) only")

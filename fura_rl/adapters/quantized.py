@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from peft.utils import resolve_quantization_backend
 from peft.utils.integrations import dequantize_bnb_weight
@@ -51,7 +53,7 @@ def dequantized_weight(module: nn.Module) -> torch.Tensor:
     if backend is None or was_repacked(module):
         raise NotImplementedError(
             f"{type(module).__name__} holds {module.weight.dtype} weights in a layout that PEFT cannot read back; load "
-            "the model again with bitsandbytes, and adapt it before it runs in eval mode on a CPU"
+            "the model with bitsandbytes or unquantized"
         )
     return backend.get_base_weight(module)
 
@@ -64,8 +66,17 @@ def was_repacked(module: nn.Module) -> bool:
 def keep_layout(module: nn.Module) -> None:
     """Keep bitsandbytes from rewriting a 4-bit weight at its first forward in eval mode on a CPU with AVX512-BF16.
 
-    That layout is for inference only: its scales are rounded to bfloat16 for good, and reading the weight back (a
-    merge, a fold) would give noise without an error.  Read in bitsandbytes 0.50, `Linear4bit.forward`.
+    That layout is for inference: reading the weight back (a merge, a fold) would give noise without an error.  A weight
+    rewritten already is brought back, with a warning, since its scales were rounded to bfloat16 for good.  Read in
+    bitsandbytes 0.50, `Linear4bit.forward` and `_save_to_state_dict`.
     """
-    if hasattr(module, "support_avx512bf16_for_cpu"):
-        module.support_avx512bf16_for_cpu = False
+    if not hasattr(module, "support_avx512bf16_for_cpu"):
+        return
+    module.support_avx512bf16_for_cpu = False
+    if was_repacked(module):
+        module.state_dict()  # bitsandbytes unpacks the live weight before it saves one
+        warnings.warn(
+            "a 4-bit weight was repacked for inference before it was adapted, which rounds its scales: adapt the model "
+            "before its first forward in eval mode to keep the quantization it was loaded with",
+            stacklevel=2,
+        )
