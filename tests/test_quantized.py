@@ -106,7 +106,7 @@ def test_a_4_bit_weight_that_was_repacked_already_is_brought_back():
     before = base[0].weight.detach().clone()
     dense = bnb.functional.dequantize_4bit(base[0].weight.data, base[0].weight.quant_state)
     layer = base[0]
-    packed = bnb.functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)  # as its forward does
+    packed = bnb.functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
     layer.weight.data, layer.weight.quant_state = packed
     with pytest.warns(UserWarning, match="4-bit weight was repacked"):
         model = adapted(base)
