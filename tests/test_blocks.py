@@ -20,7 +20,7 @@ def test_default_block_size_is_the_factor_pair_nearest_a_square_that_fits_the_ro
 
 @pytest.mark.parametrize(("out_features", "block_size"), [(24, 8), (6, 12), (12, 12)])
 def test_frame_agrees_with_a_float64_svd(out_features, block_size, monkeypatch):
-    monkeypatch.setattr(blocks, "WORKSPACE_BYTES", 1)  # one block at a time: the batches must join in order
+    monkeypatch.setattr(blocks, "WORKSPACE_BYTES", {"cpu": 1})  # one block at a time: the batches must join in order
     weight = torch.randn(out_features, 24, dtype=torch.float64)
     frame = blocks.svd_frame(weight, block_size)
     for i, block in enumerate(weight.split(block_size, dim=1)):

@@ -26,7 +26,9 @@ from torch.autograd.function import once_differentiable
 # that direction, and dividing by it would amplify rounding noise.  1e-6 is ten float32 roundings.
 RANK_TOLERANCE = 1e-6
 SMALL_CPU_BATCH = 768  # tokens below which a copy costs less than one kernel launch per block (measured, 2 cores)
-WORKSPACE_BYTES = 256 * 2**20  # float64 copies made at once while a layer is converted
+# Float64 copies made at once while a layer is converted.  On a CPU as much as stays in cache and is reused by the
+# allocator: the fresh pages of a larger copy cost more than the product made of them.
+WORKSPACE_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ def _block_batches(weight: torch.Tensor, block_size: int) -> Iterator[torch.Tens
     """The blocks of `weight` in float64, (some, out, b), a bounded number of bytes at a time."""
     out_features, in_features = weight.shape
     blocks = weight.detach().reshape(out_features, in_features // block_size, block_size).transpose(0, 1)
-    for batch in blocks.split(max(1, WORKSPACE_BYTES // (8 * out_features * block_size))):
+    workspace = WORKSPACE_BYTES["cpu" if weight.device.type == "cpu" else "cuda"]
+    for batch in blocks.split(max(1, workspace // (8 * out_features * block_size))):
         yield batch.double()
 
 
@@ -85,21 +88,17 @@ def svd_frame(weight: torch.Tensor, block_size: int) -> Frame:
     A tall block needs only the eigendecomposition of its b x b Gram matrix in float64 (U is never formed); a wide one
     the thin SVD.  Works in float64 and returns float32, or float64 for a float64 weight.
     """
-    values, vectors = [], []
-    for blocks in _block_batches(weight, block_size):
-        if block_size <= weight.shape[0]:
-            eigenvalues, eigenvectors = torch.linalg.eigh(blocks.mT @ blocks)
-            values.append(eigenvalues.flip(-1).clamp_min(0).sqrt())
-            vectors.append(eigenvectors.flip(-1))
-        else:
-            _, singular_values, transposed = torch.linalg.svd(blocks, full_matrices=False)
-            values.append(singular_values)
-            vectors.append(transposed.mT)
-    singular_values = torch.cat(values)
+    batches = _block_batches(weight, block_size)
+    if block_size <= weight.shape[0]:
+        eigenvalues, eigenvectors = torch.linalg.eigh(torch.cat([blocks.mT @ blocks for blocks in batches]))
+        singular_values, right = eigenvalues.flip(-1).clamp_min(0).sqrt(), eigenvectors.flip(-1)
+    else:
+        parts = [torch.linalg.svd(blocks, full_matrices=False)[1:] for blocks in batches]
+        singular_values, right = torch.cat([s for s, _ in parts]), torch.cat([v for _, v in parts]).mT
     zero = singular_values <= RANK_TOLERANCE * singular_values[:, :1]
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return Frame(
-        right=fix_signs(torch.cat(vectors)).to(dtype),
+        right=fix_signs(right).to(dtype),
         singular_values=singular_values.masked_fill(zero, 0).to(dtype),
         dropped=int(zero.sum()),
     )
