@@ -26,3 +26,17 @@ class FuraGRPOConfig(GRPOConfig):
         default=None,
         metadata={"help": "Largest accepted probe gap in nats; default: 1e-3 float32, 0.1 float16, 0.5 bfloat16."},
     )
+    sync_audit_every: int = field(
+        default=1,
+        metadata={
+            "help": "Audit every live kernel of the engine at every N-th weight sync, module by module; 0: never."
+        },
+    )
+    fold_rounding: str = field(
+        default="nearest",
+        metadata={
+            "help": "How folded weights are rounded to a 16-bit engine: nearest, or stochastic (seeded, unbiased), "
+            "which delivers updates too small for the engine's dtype on average, with noise.",
+            "choices": ["nearest", "stochastic"],
+        },
+    )

@@ -26,6 +26,7 @@ from fura_rl.adapters.fura_config import FuraConfig
 from fura_rl.adapters.fura_tuner import restore_core_dtype
 from fura_rl.data import encode_prompts
 from fura_rl.sync import probe
+from fura_rl.sync.rounding import ROUNDINGS
 from fura_rl.sync.vllm_engine import InProcessEngine, cpu_cache_settings
 from fura_rl.sync.weight_sync import SyncReport, WeightSync
 
@@ -97,6 +98,9 @@ class FuraGRPOTrainer(GRPOTrainer):
             self._probe_token_ids(),
             probe_every=getattr(self.args, "sync_probe_every", 1),
             probe_tolerance=getattr(self.args, "sync_probe_tolerance", None),
+            audit_every=getattr(self.args, "sync_audit_every", 1),
+            rounding=getattr(self.args, "fold_rounding", "nearest"),
+            seed=self.args.seed,
             compute_dtype=self.compute_dtype,
             score=self._score,
         )
@@ -168,6 +172,10 @@ def check_settings(args: GRPOConfig | None, peft_config: PeftConfig | None) -> N
         )
     if getattr(args, "sync_probe_every", 1) < 1:
         faults.append(f"sync_probe_every={args.sync_probe_every} must be at least 1")
+    if getattr(args, "sync_audit_every", 1) < 0:
+        faults.append(f"sync_audit_every={args.sync_audit_every} must be 0 (never) or more")
+    if (rounding := getattr(args, "fold_rounding", "nearest")) not in ROUNDINGS:
+        faults.append(f"fold_rounding={rounding!r} must be one of {', '.join(ROUNDINGS)}")
     if faults:
         raise ValueError("; ".join(faults))
 

@@ -9,6 +9,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
 
+from fura_rl.adapters.fura_tuner import fura_layers
 from fura_rl.adapters.registry import METHODS, peft_config_for
 from fura_rl.sync import probe
 from fura_rl.sync.vllm_engine import InProcessEngine, find_model_runner
@@ -61,6 +62,8 @@ def test_engine_and_trainer_agree_after_many_syncs(engines, checkpoint, adapter)
         report = sync.sync()
         assert report.probe_max_gap < PARITY_NATS
         assert report.update_cosine == pytest.approx(1.0)
+        assert report.audit_gain_min == pytest.approx(1.0, abs=0.01)
+        assert report.version == step + 2
     assert probe.max_gap(start, probe.trainer_logprobs(policy, sync.probe_token_ids)) > 100 * PARITY_NATS, (
         "it must move"
     )
@@ -148,8 +151,66 @@ def test_update_cosine_is_the_cosine():
     assert cosine.value() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_the_audit_names_the_one_kernel_left_behind_by_a_small_bfloat16_update(engines, monkeypatch):
+    """A relative update of 1.7e-3 in one module of fourteen moves no log-prob beyond bfloat16's own noise."""
+    policy, sync = make_sync(*engines("bfloat16"), "fura", dtype=torch.bfloat16)
+    for layer in fura_layers(policy):
+        core = layer.fura_core["default"]
+        core.fit(1.7e-3 / core.block_size**0.5 * torch.randn(core.delta_r.shape[0], *[core.block_size] * 2))
+    load = sync.engine.load
+    left_out = "model.layers.1.self_attn.o_proj.weight"
+    monkeypatch.setattr(sync.engine, "load", lambda weights: load(w for w in weights if w[0] != left_out))
+    with pytest.raises(probe.StaleEngineError, match=r"1 of 14 modules .*twice: model\.layers\.1\.self_attn\.o_proj"):
+        sync.sync()
+    monkeypatch.undo()
+    assert sync.sync().audit_gain_min > 0.7
+
+
+def test_a_load_that_fails_once_is_repeated(engines, monkeypatch, caplog):
+    policy, sync = make_sync(*engines("tied"), "fura")
+    perturb_trained(policy, 0.2, seed=0)
+    load, calls = sync.engine.load, []
+
+    def fail_once(weights):
+        calls.append(None)
+        load(w for w in weights if len(calls) > 1 or ".mlp.down_proj." not in w[0])
+
+    monkeypatch.setattr(sync.engine, "load", fail_once)
+    report = sync.sync()
+    assert len(calls) == 2
+    assert report.audit_gain_min == pytest.approx(1.0, abs=0.01)
+    assert report.probe_max_gap < PARITY_NATS
+    assert "model.layers.0.mlp.down_proj" in caplog.text
+
+
+def test_a_sync_of_which_nothing_arrives_is_named_stale_by_the_audit(engines, monkeypatch):
+    policy, sync = make_sync(*engines("tied"), "fura")
+    perturb_trained(policy, 0.2, seed=0)
+    monkeypatch.setattr(sync.engine, "load", lambda weights: list(weights))
+    with pytest.raises(probe.StaleEngineError, match=r"14 of 14 modules .*nothing of this sync arrived"):
+        sync.sync()
+
+
+def test_stochastic_rounding_delivers_on_average_what_nearest_rounding_swallows(engines):
+    policy, sync = make_sync(*engines("bfloat16"), "fura", dtype=torch.bfloat16)
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=1e-4 / parameter.shape[-1] ** 0.5)
+    nearest = sync.sync()
+    sync.rounding = "stochastic"
+    first, second = (probe_after(sync) for _ in range(2))
+    assert nearest.audit_gain_min is None, "nothing to audit: nearest rounding moved hardly a weight"
+    assert not torch.equal(first, second), "every version draws anew"
+
+
+def probe_after(sync):
+    assert sync.sync().probe_max_gap < sync.probe_tolerance
+    return sync.engine.prompt_logprobs(sync.probe_token_ids)
+
+
 def test_a_sync_that_does_not_arrive_is_named_stale(engines, monkeypatch):
     policy, sync = make_sync(*engines("tied"), "fura")
+    sync.audit_every = 0
     perturb_trained(policy, 0.2, seed=0)
     monkeypatch.setattr(sync.engine, "load", lambda weights: list(weights))
     with pytest.raises(probe.StaleEngineError, match="still serves the weights of the sync before"):
@@ -158,6 +219,7 @@ def test_a_sync_that_does_not_arrive_is_named_stale(engines, monkeypatch):
 
 def test_one_layer_left_out_of_the_sync_stops_the_run(engines, monkeypatch):
     policy, sync = make_sync(*engines("tied"), "fura")
+    sync.audit_every = 0
     perturb_trained(policy, 0.2, seed=0)
     load = sync.engine.load
     without = ".mlp.down_proj."

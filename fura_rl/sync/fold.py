@@ -6,6 +6,7 @@ weight reaches an engine.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -39,6 +40,20 @@ class CheckpointWeight:
     @property
     def module_name(self) -> str:
         return self.name.rpartition(".")[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape in the checkpoint."""
+        if isinstance(self.layer, FuraLinear):
+            return (self.layer.out_features, self.layer.in_features)
+        if self.quantized is not None or (self.layer is not None and holds_packed_weight(self.layer.get_base_layer())):
+            holder = self.quantized if self.quantized is not None else self.layer.get_base_layer()
+            return (holder.out_features, holder.in_features)
+        return tuple(self.parameter.shape)
+
+    @property
+    def element_count(self) -> int:
+        return math.prod(self.shape)
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """The parameters with gradients that its value is made of."""

@@ -63,6 +63,23 @@ class InProcessEngine:
         if head is embedding or getattr(head, "weight", None) is getattr(embedding, "weight", None):
             quant_method.process_weights_after_loading(head)
 
+    @torch.no_grad()
+    def kernel_output(self, module_name: str, x: torch.Tensor) -> torch.Tensor | None:
+        """x W^T (rows, out) of a live linear layer, bias left out, or None where the engine has no such linear layer.
+
+        Goes through the layer's own kernel, the only place where a CPU engine keeps the weight.
+        """
+        from vllm.model_executor.layers.linear import LinearBase
+
+        model = self._model_runner.get_model()
+        try:
+            module = model.get_submodule(module_name)
+        except AttributeError:
+            return None
+        if not isinstance(module, LinearBase):
+            return None
+        return module.quant_method.apply(module, x.to(self._model_runner.device, self.dtype), None)
+
     def prompt_logprobs(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Log-probabilities (len(token_ids) - 1,) of each token given those before it, in nats, at temperature 1."""
         from vllm import SamplingParams

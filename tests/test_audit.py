@@ -1,0 +1,69 @@
+"""The arithmetic of the audit, on plain matrices in place of an engine's kernels."""
+
+import pytest
+import torch
+
+from fura_rl.sync.audit import KernelAudit, stale_modules
+
+
+class Matrices:
+    """Linear layers by name, in the engine's dtype."""
+
+    def __init__(self, dtype, **weights):
+        self.dtype = dtype
+        self.weights = {name: weight.to(dtype) for name, weight in weights.items()}
+
+    def kernel_output(self, name, x):
+        return x.to(self.dtype) @ self.weights[name].mT if name in self.weights else None
+
+
+@pytest.fixture
+def base():
+    return torch.randn(64, 32)
+
+
+def expect(audit, weight, base, name="layer"):
+    audit.expect(name, weight, base, owner=name, rows=(0, weight.shape[0]))
+
+
+def test_gain_is_1_for_the_new_weight_0_for_the_old_and_what_lies_between(base):
+    new = base + 0.01 * torch.randn_like(base)
+    for share in (0.0, 0.5, 1.0):
+        audit = KernelAudit()
+        expect(audit, new, base)
+        gain = audit.gains(Matrices(torch.float32, layer=torch.lerp(base, new, share)))["layer"]
+        assert gain == pytest.approx(share, abs=1e-3)
+    assert stale_modules({"fresh": 1.0, "stale": 0.1, "broken": float("nan"), "wild": 40.0}) == [
+        "stale", "broken", "wild",
+    ]  # fmt: skip
+
+
+def test_an_accepted_update_is_the_start_of_the_next(base):
+    audit, new = KernelAudit(), base + 0.01 * torch.randn_like(base)
+    expect(audit, new, base)
+    audit.accept(audit.gains(Matrices(torch.float32, layer=new)))
+    expect(audit, new, None)
+    assert audit.gains(Matrices(torch.float32, layer=new)) == {}, "nothing moved since"
+    newer = new + 0.01 * torch.randn_like(base)
+    expect(audit, newer, None)
+    assert audit.gains(Matrices(torch.float32, layer=new))["layer"] == pytest.approx(0, abs=1e-3)
+
+
+def test_updates_below_the_engines_rounding_add_up_until_they_can_be_seen(base):
+    audit, weight = KernelAudit(), base.to(torch.bfloat16).float()
+    step = 3e-4 * base.norm() * torch.nn.functional.normalize(torch.randn_like(base), dim=None)
+    start, seen = weight, []
+    for _ in range(8):
+        weight = weight + step
+        expect(audit, weight, start)
+        gains = audit.gains(Matrices(torch.bfloat16, layer=weight))
+        audit.accept(gains)
+        seen.append("layer" in gains)
+    assert not seen[0]
+    assert any(seen)
+
+
+def test_a_layer_the_engine_does_not_have_is_left_out(base):
+    audit = KernelAudit()
+    expect(audit, base + 1, base, name="elsewhere")
+    assert audit.gains(Matrices(torch.float32)) == {}
