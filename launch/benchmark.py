@@ -28,7 +28,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("benchmark", choices=[*names, "all"], help="which one, or all")
     parser.add_argument("--device", help="cpu or cuda [cuda where there is one]")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="[bfloat16 on cuda, else float32]")
-    parser.add_argument("--sizes", nargs="+", help="model sizes whose layers are measured: tiny, qwen3-1.7b, 7b")
+    parser.add_argument("--sizes", nargs="+", help="model sizes: tiny, qwen3-0.6b, qwen3-1.7b, 7b")
     parser.add_argument(
         "--tokens", type=int, nargs="+", help="tokens of the layer benchmark [64 1024 4096 (16384 on cuda)]"
     )
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
         tokens=tuple(args.tokens or ([64, 1024, 4096, 16384] if on_gpu else [64, 1024, 4096])),
         repeats=args.repeats,
         seconds=args.seconds or (1.5 if on_gpu else 10.0),
-        model=sizes[0] if on_gpu else "tiny",
+        model=sizes[0] if on_gpu or args.sizes else "tiny",
     )
     measured = machine(settings)
     print(report.machine_line(measured), flush=True)

@@ -27,7 +27,7 @@ class Settings:
     tokens: tuple[int, ...]
     repeats: int
     seconds: float  # a measurement stops repeating after this long, but never before three repeats
-    model: str  # "tiny", "qwen3-1.7b" or "7b": the model of the whole-model benchmarks
+    model: str  # a key of `models.SIZES`: the model of the whole-model benchmarks
 
 
 def synchronize(device: torch.device) -> None:
