@@ -1,7 +1,7 @@
-"""The policy's weights as a rollout engine wants them: plain checkpoint tensors with every adapter folded in.
+"""The policy's weights as a rollout engine wants them: checkpoint tensors, and what each adapter does to them.
 
 Everything is read or computed out of place: a base weight keeps its storage and its bits.  Nothing here knows how a
-weight reaches an engine.
+weight reaches an engine.  `fold_rules.py` is the table of methods, `factors.py` the arithmetic.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from torch import nn
 
 from fura_rl.adapters.fura_layer import FuraLinear
 from fura_rl.adapters.quantized import dequantized_weight, holds_packed_weight
+from fura_rl.sync.factors import Factors, Read, Span, fold_slice
+from fura_rl.sync.fold_rules import small_factors
+from fura_rl.sync.sharding import whole
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,23 @@ class CheckpointWeight:
     def element_count(self) -> int:
         return math.prod(self.shape)
 
+    def factors(self) -> Factors:
+        """What the engine's copy of the base weight needs to become this tensor; dense where nothing smaller does."""
+        if self.layer is not None and self.quantized is None:
+            small = small_factors(self.layer)
+            if small is not None:
+                return small
+        return Factors("dense", {"weight": self.value()})
+
+    def read(self) -> Read:
+        """Slices of the pristine base value, without a copy where it is neither quantized nor sharded."""
+        base = whole(pristine_weight(self))
+
+        def slices(rows: Span, columns: Span) -> torch.Tensor:
+            return base[slice(*rows), slice(*columns)] if base.ndim == 2 else base[slice(*rows)]
+
+        return slices
+
     def trained_parameters(self) -> list[nn.Parameter]:
         """The parameters with gradients that its value is made of."""
         parameters = [self.parameter] if self.layer is None else self.layer.parameters()
@@ -64,7 +84,7 @@ class CheckpointWeight:
         """The tensor to serve; in float32 or wider where it is folded, dequantized where its layer is quantized."""
         if self.quantized is not None:
             return dequantized_weight(self.quantized)
-        return self.parameter.data if self.layer is None else folded_weight(self.layer)
+        return whole(self.parameter.data) if self.layer is None else folded_weight(self.layer)
 
 
 def checkpoint_weights(model: nn.Module) -> list[CheckpointWeight]:
@@ -109,11 +129,30 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[CheckpointWeight]:
 
 
 @torch.no_grad()
-def folded_weight(layer: BaseTunerLayer) -> torch.Tensor:
+def fold(base_weight: torch.Tensor, layer: BaseTunerLayer) -> torch.Tensor:
+    """The weight that `layer`, a PEFT layer of any method that can merge, makes of `base_weight`.
+
+    Pure and out of place, in float32 or wider.  `base_weight` is (out, in) as the layer stores it; a layer's own base
+    weight need not be at hand unless its method has no small form (`fold_rules.SMALL_FORMS`).
+    """
+    factors = small_factors(layer)
+    if factors is None:
+        return folded_weight(layer, base_weight)
+    folded = torch.empty(
+        base_weight.shape, dtype=torch.promote_types(base_weight.dtype, torch.float32), device=base_weight.device
+    )
+    everything = (0, base_weight.shape[0]), (0, base_weight.shape[1])
+    fold_slice(lambda rows, columns: base_weight[slice(*rows), slice(*columns)], factors, *everything, folded)
+    return folded
+
+
+@torch.no_grad()
+def folded_weight(layer: BaseTunerLayer, base_weight: torch.Tensor | None = None) -> torch.Tensor:
     """The weight that makes the bare layer compute what `layer` computes with its active adapters.
 
     (out, in), in float32 or wider, so that the one rounding is the engine's.  The base weight is not written: FuRA
-    folds in closed form, any other PEFT method merges into a float32 copy that takes the weight's place meanwhile.
+    folds in closed form, any other PEFT method merges into a float32 copy that takes the weight's place meanwhile
+    (`base_weight` in its stead, where given).
 
     Raises:
         RuntimeError: where the adapter is merged already, since its base weight is then no longer to be had.
@@ -128,7 +167,8 @@ def folded_weight(layer: BaseTunerLayer) -> torch.Tensor:
         return _folded_over_packed(layer)
     weight = layer.get_base_layer().weight
     pristine = weight.data
-    weight.data = pristine.to(torch.promote_types(pristine.dtype, torch.float32), copy=True)
+    start = pristine if base_weight is None else base_weight
+    weight.data = whole(start).to(torch.promote_types(start.dtype, torch.float32), copy=True)
     try:
         layer.merge()
         folded = weight.data.clone()
@@ -157,6 +197,8 @@ def pristine_weight(weight: CheckpointWeight) -> torch.Tensor:
     """The base value of `weight`, whether or not a FuRA adapter is merged at the moment."""
     if isinstance(weight.layer, FuraLinear):
         return weight.layer.pristine_weight()
+    if weight.quantized is not None:
+        return dequantized_weight(weight.quantized)
     if weight.layer is not None and holds_packed_weight(weight.layer.get_base_layer()):
         return dequantized_weight(weight.layer.get_base_layer())
     return weight.parameter.data
