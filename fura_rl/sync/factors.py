@@ -34,9 +34,8 @@ class Factors:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def to(self, dtype: torch.dtype) -> Factors:
-        """The same factors with every tensor in `dtype`."""
-        return Factors(self.rule, {name: tensor.to(dtype) for name, tensor in self.tensors.items()})
+    def to_device(self, device: torch.device) -> Factors:
+        return Factors(self.rule, {name: tensor.to(device) for name, tensor in self.tensors.items()})
 
 
 @dataclass(frozen=True)

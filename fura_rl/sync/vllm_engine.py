@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,7 @@ from fura_rl.sync.audit import KernelReply
 from fura_rl.sync.engine import Push, Update, rounding_generator
 from fura_rl.sync.factors import Span
 from fura_rl.sync.vllm_model import VLLM_VERSIONS_READ, LiveModel
+from fura_rl.sync.vllm_plugin import BACKEND, EXTENSION
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -69,13 +70,7 @@ class InProcessEngine:
         return [self.model.kernel_replies(spans)]
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Log-probabilities (len(token_ids) - 1,) of each token given those before it, in nats, at temperature 1."""
-        from vllm import SamplingParams
-
-        params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
-        [output] = self.llm.generate([{"prompt_token_ids": list(token_ids)}], params, use_tqdm=False)
-        entries = zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)
-        return torch.tensor([entry[token].logprob if entry else math.nan for entry, token in entries])
+        return prompt_logprobs(self.llm, token_ids)
 
 
 def cpu_cache_settings(memory_utilization: float) -> dict[str, int]:
@@ -113,3 +108,48 @@ def find_model_runner(llm: LLM) -> object:
             "to the new layout"
         )
     return owner
+
+
+class ProcessTransport:
+    """A `vllm.LLM` whose engine runs in processes of its own (vLLM's default), reached through vLLM's calls."""
+
+    lease_seconds = float("inf")  # the engine ends with this process
+    payload_transport = "file"
+    address = "the engine process"
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.llm.llm_engine.model_config.dtype
+
+    def call(self, method: str, **arguments: Any) -> list[dict[str, Any]]:
+        return self.llm.collective_rpc(method, kwargs=arguments)
+
+    def pause(self) -> None:
+        """Nothing runs: `LLM.generate` returns when its requests have ended."""
+
+    def resume(self) -> None:
+        self.llm.reset_prefix_cache()
+
+    def stamp(self, version: int) -> None:
+        self.llm.update_weight_version(str(version))
+
+    def prompt_logprobs(self, token_ids: Sequence[int]) -> torch.Tensor:
+        return prompt_logprobs(self.llm, token_ids)
+
+
+def factored_sync_settings() -> dict[str, Any]:
+    """What a `vllm.LLM` in another process needs as arguments to be synced."""
+    return {"weight_transfer_config": {"backend": BACKEND}, "worker_extension_cls": EXTENSION}
+
+
+def prompt_logprobs(llm: LLM, token_ids: Sequence[int]) -> torch.Tensor:
+    """Log-probabilities (len(token_ids) - 1,) of each token given those before it, in nats, at temperature 1."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
+    [output] = llm.generate([{"prompt_token_ids": list(token_ids)}], params, use_tqdm=False)
+    entries = zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)
+    return torch.tensor([entry[token].logprob if entry else math.nan for entry, token in entries])

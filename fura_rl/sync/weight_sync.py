@@ -17,7 +17,9 @@ from fura_rl.sync import probe
 from fura_rl.sync.audit import KernelAudit, sample_spans, stale_modules
 from fura_rl.sync.engine import LazyFactors, Push, RolloutEngine, Update, rounding_generator
 from fura_rl.sync.factors import Factors, Read, Span, fold_slice
+from fura_rl.sync.fingerprint import base_sample
 from fura_rl.sync.fold import CheckpointWeight, checkpoint_weights
+from fura_rl.sync.fold_rules import shifts_its_base
 from fura_rl.sync.rounding import ROUNDINGS
 from fura_rl.sync.sharding import whole
 
@@ -135,6 +137,7 @@ class WeightSync:
         self.version = 0
         self._previous_logprobs: torch.Tensor | None = None
         self.weights = {weight.name: weight for weight in checkpoint_weights(model)}
+        self._starts = {} if engine.reads_the_trainers_base else starts_of_shifted_bases(self.weights.values(), model)
         engine.prepare({name: weight.shape for name, weight in self.weights.items()}, self._base_samples())
 
     def _base_samples(self) -> dict[str, list[float]]:
@@ -143,7 +146,7 @@ class WeightSync:
         return (
             {}
             if self.engine.reads_the_trainers_base
-            else {name: base_sample(weight.read(), weight.shape) for name, weight in adapted.items()}
+            else {name: base_sample(self._checkpoint_read(weight), weight.shape) for name, weight in adapted.items()}
         )
 
     def sync(self, everything: bool = False) -> SyncReport:
@@ -210,7 +213,23 @@ class WeightSync:
         return Push(push.payload_bytes, phases)
 
     def _factors(self, weight: CheckpointWeight) -> Factors:
-        return Factors("dense", {"weight": weight.value()}) if self.mode == "dense" else weight.factors()
+        if self.mode == "dense":
+            return Factors("dense", {"weight": weight.value()})
+        factors, start = weight.factors(), self._starts.get(weight.name)
+        return factors if start is None else relative_to_start(factors, start)
+
+    def _checkpoint_read(self, weight: CheckpointWeight) -> Read:
+        """The base weight as the checkpoint has it, also where making the adapter has moved it."""
+        read, start = weight.read(), self._starts.get(weight.name)
+        if start is None:
+            return read
+
+        def unshifted(rows: Span, columns: Span) -> torch.Tensor:
+            out = torch.empty(rows[1] - rows[0], columns[1] - columns[0])
+            fold_slice(read, start, rows, columns, out)
+            return out
+
+        return unshifted
 
     def _audit(self, chosen: list[CheckpointWeight]) -> dict[str, float]:
         """The gains of the engine's kernels, all fresh; what is stale is sent once more before the run is stopped.
@@ -263,6 +282,7 @@ class UpdateWatch:
     def __init__(self, sync: WeightSync) -> None:
         self._audit = sync.audit if sync.audit_every else None
         self._engine = sync.engine
+        self._read = sync._checkpoint_read
         self.cosine = UpdateCosine()
         self.all_bases_kept = True  # whether every trained weight has its base value at hand, for the cosine
         self.seconds = 0.0
@@ -281,7 +301,7 @@ class UpdateWatch:
             return
         started = time.perf_counter()
         spans, columns = sample_spans(weight.shape[0]), (0, weight.shape[1])
-        read = weight.read() if weight.layer is not None else None
+        read = self._read(weight) if weight.layer is not None else None
         device = next(iter(factors.tensors.values())).device
         rounds = self._engine.dtype.itemsize < 4
 
@@ -321,11 +341,32 @@ def sampled_rows(
     return torch.cat(parts)
 
 
-def base_sample(read: Read, shape: tuple[int, ...], count: int = 8) -> list[float]:
-    """`count` entries of a matrix from its first to its last row: the fingerprint of a base weight."""
-    rows = [i * (shape[0] - 1) // (count - 1) for i in range(count)]
-    columns = [i * (shape[1] - 1) // (count - 1) for i in range(count)]
-    return [float(read((r, r + 1), (c, c + 1))) for r, c in zip(rows, columns, strict=True)]
+def starts_of_shifted_bases(weights: Iterable[CheckpointWeight], model: nn.Module) -> dict[str, Factors]:
+    """What PiSSA and its kin took out of the base weight when the adapter was made: B0 A0 of each layer.
+
+    Must be called before a checkpoint's adapter is loaded over the one just made.
+
+    Raises:
+        NotImplementedError: where what was taken out has no small form, so that the engine cannot put it back.
+    """
+    starts = {}
+    for weight in weights:
+        if weight.layer is None or not shifts_its_base(weight.layer, model.peft_config):
+            continue
+        factors = weight.factors()
+        if factors.rule != "low_rank":
+            raise NotImplementedError(
+                f"{weight.name}: the adapter moved its base weight when it was made, in a form that an engine which "
+                "reads its own checkpoint cannot follow; use vllm_mode=colocate"
+            )
+        starts[weight.name] = Factors("low_rank", {part: tensor.clone() for part, tensor in factors.tensors.items()})
+    return starts
+
+
+def relative_to_start(factors: Factors, start: Factors) -> Factors:
+    """B A - B0 A0 as one low-rank product: the update of the checkpoint's weight."""
+    up = torch.cat([factors.tensors["up"], -start.tensors["up"]], dim=1)
+    return Factors("low_rank", {"up": up, "down": torch.cat([factors.tensors["down"], start.tensors["down"]])})
 
 
 def refuse_non_finite(weights: Iterable[CheckpointWeight]) -> None:
