@@ -18,9 +18,9 @@ from urllib.parse import urlparse
 import requests
 import torch
 
+from fura_rl.serve import TOKEN_VARIABLE
 from fura_rl.sync.remote_engine import LEASE_SECONDS, EngineLostError, RemoteSyncError
 
-TOKEN_VARIABLE = "FURA_ROLLOUT_TOKEN"
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "0.0.0.0")
 
 
