@@ -111,7 +111,7 @@ HELP_GROUPS = {
     "Rollout engine and sync": (
         "vllm_mode", "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_enable_sleep_mode", "vllm_dtype",
         "vllm_enforce_eager", "sync_probe_every", "sync_probe_tolerance",
-        "sync_audit_every", "fold_rounding",
+        "sync_audit_every", "fold_rounding", "sync_mode", "vllm_server_base_url",
     ),
     "Run": (
         "output_dir", "seed", "bf16", "save_steps", "resume_from_checkpoint", "report_to", "log_completions", "dry_run",

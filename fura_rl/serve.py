@@ -1,4 +1,4 @@
-"""A rollout server: vLLM's own OpenAI server with our weight sync, a token, loopback by default, restarted when it dies."""
+"""A rollout server: vLLM's OpenAI server with our weight sync, a token, loopback by default, restarted when it dies."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def base():
 
 
 def expect(audit, weight, base, name="layer"):
-    audit.expect(name, weight, base, sample_spans(weight.shape[0]))
+    audit.expect(name, weight, base, sample_spans((0, weight.shape[0])))
 
 
 def test_gain_is_1_for_the_new_weight_0_for_the_old_and_what_lies_between(base):
@@ -87,8 +87,8 @@ def test_partial_sums_of_workers_add_up_and_every_holder_of_a_whole_row_answers_
 
 
 def test_samples_are_spread_from_the_first_row_to_the_last_without_overlap():
-    assert sample_spans(100) == [(0, 100)]
-    spans = sample_spans(3072)
+    assert sample_spans((0, 100)) == [(0, 100)]
+    spans = sample_spans((0, 3072))
     assert spans[0][0] == 0
     assert spans[-1][1] == 3072
     assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))

@@ -142,11 +142,12 @@ def stale_modules(gains: dict[str, float]) -> list[str]:
     return [name for name, gain in gains.items() if not STALE_BELOW <= gain <= LOST_ABOVE]
 
 
-def sample_spans(rows: int) -> list[Span]:
-    """Stretches of output features spread over all `rows`; every one where there are few."""
-    if rows <= SAMPLED_SPANS * SPAN_ROWS:
-        return [(0, rows)]
-    starts = [i * (rows - SPAN_ROWS) // (SAMPLED_SPANS - 1) for i in range(SAMPLED_SPANS)]
+def sample_spans(rows: Span) -> list[Span]:
+    """Stretches of output features spread over `rows`; every one where there are few."""
+    first, count = rows[0], rows[1] - rows[0]
+    if count <= SAMPLED_SPANS * SPAN_ROWS:
+        return [rows] if count else []
+    starts = [first + i * (count - SPAN_ROWS) // (SAMPLED_SPANS - 1) for i in range(SAMPLED_SPANS)]
     return [(start, start + SPAN_ROWS) for start in starts]
 
 

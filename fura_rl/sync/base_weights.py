@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,9 @@ import torch
 from safetensors import safe_open
 
 from fura_rl.sync.factors import Read, Span
+from fura_rl.sync.fingerprint import Sample, fits
 
 INDEX = "model.safetensors.index.json"
-# Base values may differ by the rounding of one checkpoint that the trainer and the engine hold in different dtypes.
-SAMPLE_TOLERANCE = 2.0**-7
 
 
 class BaseWeights:
@@ -65,14 +65,13 @@ class BaseWeights:
 
         return slices
 
-    def differences(self, samples: dict[str, list[float]], sample: Any) -> list[str]:
+    def differences(self, samples: Mapping[str, Sample]) -> list[str]:
         """The tensors that are missing or whose sampled values are not those of the trainer's base weight."""
-        return [name for name, values in samples.items() if name not in self or not self._fits(name, values, sample)]
-
-    def _fits(self, name: str, values: list[float], sample: Any) -> bool:
-        own = torch.tensor(sample(self.read(name), self.shape(name)))
-        scale = own.abs().max().clamp_min(1e-12)
-        return bool(((own - torch.tensor(values)).abs() <= SAMPLE_TOLERANCE * (own.abs() + 1e-3 * scale)).all())
+        return [
+            name
+            for name, sample in samples.items()
+            if name not in self or not fits(sample, self.read(name), self.shape(name))
+        ]
 
 
 def find_folder(model: str, revision: str | None) -> Path:

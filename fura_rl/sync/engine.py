@@ -10,6 +10,7 @@ import torch
 
 from fura_rl.sync.audit import KernelReply
 from fura_rl.sync.factors import Factors, Read, Span
+from fura_rl.sync.fingerprint import Sample
 
 
 class LazyFactors(Mapping[str, Factors]):
@@ -66,11 +67,14 @@ class RolloutEngine(Protocol):
     def reads_the_trainers_base(self) -> bool:
         """Whether it folds from the trainer's base weights; otherwise it reads its own checkpoint."""
 
-    def prepare(self, tensors: Mapping[str, tuple[int, ...]], base_samples: Mapping[str, list[float]]) -> None:
+    def prepare(self, tensors: Mapping[str, tuple[int, ...]], base_samples: Mapping[str, Sample]) -> None:
         """Learn where the policy's tensors (name -> shape) go; `base_samples` must fit the engine's own base."""
 
     def push(self, update: Update) -> Push:
         """Bring the engine to `update.version` and drop every cached key and value."""
+
+    def resend(self) -> None:
+        """Bring the engine to the last version once more, from wherever it is."""
 
     def kernel_replies(self, spans: Mapping[str, Sequence[Span]]) -> list[dict[str, KernelReply]]:
         """See `audit.Kernels`."""

@@ -19,7 +19,7 @@ from fura_rl.adapters.fura_layer import FuraLinear
 from fura_rl.adapters.quantized import dequantized_weight, holds_packed_weight
 from fura_rl.sync.factors import Factors, Read, Span, fold_slice
 from fura_rl.sync.fold_rules import small_factors
-from fura_rl.sync.sharding import whole
+from fura_rl.sync.sharding import local, local_rows, whole
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,16 @@ class CheckpointWeight:
 
     def read(self) -> Read:
         """Slices of the pristine base value, without a copy where it is neither quantized nor sharded."""
-        base = whole(pristine_weight(self))
+        return slices_of(whole(pristine_weight(self)))
 
-        def slices(rows: Span, columns: Span) -> torch.Tensor:
-            return base[slice(*rows), slice(*columns)] if base.ndim == 2 else base[slice(*rows)]
+    @property
+    def local_rows(self) -> Span:
+        """The rows of the base value that this process holds."""
+        return local_rows(pristine_weight(self))
 
-        return slices
+    def read_local(self) -> Read:
+        """Slices of the pristine base value within `local_rows`, gathered from nobody."""
+        return slices_of(local(pristine_weight(self)), first_row=self.local_rows[0])
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """The parameters with gradients that its value is made of."""
@@ -85,6 +89,16 @@ class CheckpointWeight:
         if self.quantized is not None:
             return dequantized_weight(self.quantized)
         return whole(self.parameter.data) if self.layer is None else folded_weight(self.layer)
+
+
+def slices_of(base: torch.Tensor, first_row: int = 0) -> Read:
+    """Reads slices of `base`, whose first row is row `first_row` of the weight."""
+
+    def slices(rows: Span, columns: Span) -> torch.Tensor:
+        part = base[rows[0] - first_row : rows[1] - first_row]
+        return part[:, slice(*columns)] if base.ndim == 2 else part
+
+    return slices
 
 
 def checkpoint_weights(model: nn.Module) -> list[CheckpointWeight]:

@@ -18,7 +18,7 @@ from fura_rl.sync import payload
 from fura_rl.sync.base_weights import BaseWeights
 from fura_rl.sync.engine import rounding_generator
 from fura_rl.sync.factors import Factors
-from fura_rl.sync.fingerprint import base_sample
+from fura_rl.sync.fingerprint import Sample
 
 if TYPE_CHECKING:
     from fura_rl.sync.vllm_model import LiveModel
@@ -70,7 +70,7 @@ class Receiver:
         owner: str,
         lease_seconds: float,
         tensors: dict[str, tuple[int, ...]],
-        base_samples: dict[str, list[float]],
+        base_samples: Mapping[str, Sample],
     ) -> None:
         """Take this engine for one trainer, and learn where the tensors of its policy go.
 
@@ -79,7 +79,7 @@ class Receiver:
             ValueError: where the engine's base weights are not the trainer's.
         """
         self._check_owner(owner, free_is_fine=True)
-        if different := self.base.differences(base_samples, base_sample):
+        if different := self.base.differences(base_samples):
             shown = ", ".join(different[:4])
             raise ValueError(
                 f"the engine serves another base model ({self.base.folder}) than the trainer adapts: {len(different)} "

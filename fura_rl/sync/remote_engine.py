@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -22,9 +23,11 @@ from fura_rl.sync import payload, probe
 from fura_rl.sync.audit import VECTORS, KernelReply
 from fura_rl.sync.engine import Push, Update
 from fura_rl.sync.factors import Span
+from fura_rl.sync.fingerprint import Sample
 from fura_rl.sync.payload_source import offered
 
 LEASE_SECONDS = 30.0
+KEPT_BYTES = 2**30  # a version up to this size is kept, to be sent to an engine that was restarted
 
 
 class RemoteSyncError(RuntimeError):
@@ -58,6 +61,21 @@ class Transport(Protocol):
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> torch.Tensor: ...
 
+    def wait_until_up(self, timeout: float) -> None: ...
+
+
+@dataclass(frozen=True)
+class Message:
+    """One version as it was sent; `chunks` is None where it was too large to keep."""
+
+    version: int
+    chunks: list[payload.Chunk] | None
+    rounding_seed: int | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(len(chunk.data) for chunk in self.chunks or ())
+
 
 class RemoteEngine:
     """A running engine elsewhere that folds from its own checkpoint."""
@@ -70,12 +88,13 @@ class RemoteEngine:
         self._claim: dict[str, Any] = {}
         self._pids: list[int] = []
         self._heartbeat: Heartbeat | None = None
+        self._last = Message(0, [], None)
 
     @property
     def dtype(self) -> torch.dtype:
         return self.transport.dtype
 
-    def prepare(self, tensors: Mapping[str, tuple[int, ...]], base_samples: Mapping[str, list[float]]) -> None:
+    def prepare(self, tensors: Mapping[str, tuple[int, ...]], base_samples: Mapping[str, Sample]) -> None:
         """Claim the engine for this trainer and check its base.
 
         Raises:
@@ -107,12 +126,31 @@ class RemoteEngine:
         if self._claim:
             self.transport.call("fura_release", owner=self.owner)
 
-    def serves(self, version: int) -> bool:
-        """Whether every worker is the process that was claimed and holds `version`, unharmed."""
+    def serves_last(self) -> bool:
+        """Whether every worker is the process that was claimed and holds the last version, unharmed."""
         replies = self.transport.call("fura_status")
         return [r["pid"] for r in replies] == self._pids and all(
-            (r["version"], r["owner"], r["poisoned"]) == (version, self.owner, None) for r in replies
+            (r["version"], r["owner"], r["poisoned"]) == (self._last.version, self.owner, None) for r in replies
         )
+
+    def restore(self, timeout: float) -> None:
+        """Bring an engine that was lost, restarted or changed back to the last version; waits for it to be up.
+
+        Raises:
+            EngineLostError: where it is not up in time, or the last version was too large to be kept.
+        """
+        self.transport.wait_until_up(timeout)
+        self.claim()
+        self.resend()
+
+    def resend(self) -> None:
+        """Stage and commit the last version once more, from what was kept of it."""
+        if self._last.chunks is None:
+            raise EngineLostError(
+                f"{self.transport.address} lost its weights, and whole weights are not kept to be sent again: resume "
+                "from the last checkpoint"
+            )
+        self._deliver(self._last)
 
     def push(self, update: Update) -> Push:
         """Stage while the engine generates, pause, commit, resume.
@@ -121,25 +159,31 @@ class RemoteEngine:
             RemoteSyncError: with what the engine refused; its weights are those of before.
             EngineLostError: where the engine is gone.
         """
-        current = {reply["version"] for reply in self._checked("fura_status")}
-        if len(current) > 1:  # a worker was lost half-way: this update brings all of them to its version
-            raise RemoteSyncError(f"the workers of {self.transport.address} serve versions {sorted(current)}")
-        clock = [time.perf_counter()]
+        started = time.perf_counter()
         chunks = list(payload.encode(update.factors, self.dtype))
-        clock.append(time.perf_counter())
-        stamp = {"owner": self.owner, "version": update.version}
-        for index, chunk in enumerate(chunks):
+        encoded = time.perf_counter() - started
+        message = Message(update.version, chunks, update.rounding_seed)
+        phases = self._deliver(message)
+        self._last = message if message.nbytes <= KEPT_BYTES else Message(update.version, None, update.rounding_seed)
+        return Push(message.nbytes, {"fold": encoded, **phases})
+
+    def _deliver(self, message: Message) -> dict[str, float]:
+        """Stage every chunk, then commit; seconds by phase."""
+        clock = [time.perf_counter()]
+        serves = {reply["version"] for reply in self._checked("fura_status")}
+        stamp = {"owner": self.owner, "version": message.version}
+        for index, chunk in enumerate(message.chunks):
             with offered(chunk.data, self.transport.payload_transport) as source:
                 info = stamp | {
-                    "previous": next(iter(current)), "index": index, "chunk_count": len(chunks),
+                    "previous": min(serves), "index": index, "chunk_count": len(message.chunks),
                     "crc32": chunk.crc32, "source": source,
                 }  # fmt: skip
                 self._checked("fura_update", info=info)
         clock.append(time.perf_counter())
-        self._commit(stamp | {"commit": True, "rounding_seed": update.rounding_seed})
+        self._commit(stamp | {"commit": True, "rounding_seed": message.rounding_seed})
         clock.append(time.perf_counter())
-        encode, stage, commit = (after - before for before, after in itertools.pairwise(clock))
-        return Push(sum(len(c.data) for c in chunks), {"fold": encode, "stage": stage, "commit": commit})
+        stage, commit = (after - before for before, after in itertools.pairwise(clock))
+        return {"stage": stage, "commit": commit}
 
     def _commit(self, info: dict[str, Any]) -> None:
         """Commit between two steps of the engine; workers that disagree afterwards are made to refuse to generate."""
@@ -193,7 +237,7 @@ class Replicas:
     def dtype(self) -> torch.dtype:
         return self.engines[0].dtype
 
-    def prepare(self, tensors: Mapping[str, tuple[int, ...]], base_samples: Mapping[str, list[float]]) -> None:
+    def prepare(self, tensors: Mapping[str, tuple[int, ...]], base_samples: Mapping[str, Sample]) -> None:
         for engine in self.engines:
             engine.prepare(tensors, base_samples)
 
@@ -218,16 +262,41 @@ class Replicas:
             raise probe.StaleEngineError(f"replica {address} differs from the first by {max(gaps):.4g} nats")
         return scores[0]
 
-    def serves(self, version: int) -> bool:
-        return all(engine.serves(version) for engine in self.engines)
+    def serves_last(self) -> bool:
+        return all(engine.serves_last() for engine in self.engines)
 
-    def claim(self) -> None:
+    def restore(self, timeout: float) -> None:
         for engine in self.engines:
-            engine.claim()
+            if not engine.serves_last():
+                engine.restore(timeout)
+
+    def resend(self) -> None:
+        for engine in self.engines:
+            engine.resend()
 
     def close(self) -> None:
         for engine in self.engines:
             engine.close()
+
+
+class Follower:
+    """The engine as the other processes of a distributed trainer see it: they gather along and send nothing."""
+
+    reads_the_trainers_base = False
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def prepare(self, tensors: Mapping[str, tuple[int, ...]], base_samples: Mapping[str, Sample]) -> None:
+        pass
+
+    def push(self, update: Update) -> Push:
+        for name in update.factors:
+            update.factors[name]
+        return Push(0, {})
+
+    def resend(self) -> None:
+        pass
 
 
 class Heartbeat:

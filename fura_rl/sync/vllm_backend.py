@@ -33,7 +33,7 @@ class FactoredInitInfo(WeightTransferInitInfo):
 
     owner: str
     tensors: dict[str, list[int]]
-    base_samples: dict[str, list[float]] = field(default_factory=dict)
+    base_samples: dict[str, list[Any]] = field(default_factory=dict)
     lease_seconds: float = 30.0
 
 

@@ -17,6 +17,7 @@ import torch
 from fura_rl.sync.audit import KernelReply
 from fura_rl.sync.engine import Push, Update, rounding_generator
 from fura_rl.sync.factors import Span
+from fura_rl.sync.fingerprint import Sample
 from fura_rl.sync.vllm_model import VLLM_VERSIONS_READ, LiveModel
 from fura_rl.sync.vllm_plugin import BACKEND, EXTENSION
 
@@ -42,9 +43,13 @@ class InProcessEngine:
     def dtype(self) -> torch.dtype:
         return self.llm.llm_engine.model_config.dtype
 
-    def prepare(self, tensors: Mapping[str, tuple[int, ...]], base_samples: Mapping[str, list[float]]) -> None:
+    def prepare(self, tensors: Mapping[str, tuple[int, ...]], base_samples: Mapping[str, Sample]) -> None:
         """`base_samples` are not looked at: the engine folds from the trainer's own base."""
         self.model.record(tensors)
+
+    def resend(self) -> None:
+        """Write the last update once more."""
+        self.push(self._last)
 
     def push(self, update: Update) -> Push:
         """Fold into the live weights and drop every cached key and value.
@@ -53,6 +58,7 @@ class InProcessEngine:
         that `update` touches.
         """
         started = time.perf_counter()
+        self._last = update
 
         def generator(name: str) -> torch.Generator | None:
             return rounding_generator(update.rounding_seed, name, self.model.device)
@@ -132,6 +138,9 @@ class ProcessTransport:
 
     def resume(self) -> None:
         self.llm.reset_prefix_cache()
+
+    def wait_until_up(self, timeout: float) -> None:
+        """It is up, or this process has seen it die."""
 
     def stamp(self, version: int) -> None:
         self.llm.update_weight_version(str(version))

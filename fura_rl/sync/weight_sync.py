@@ -17,11 +17,12 @@ from fura_rl.sync import probe
 from fura_rl.sync.audit import KernelAudit, sample_spans, stale_modules
 from fura_rl.sync.engine import LazyFactors, Push, RolloutEngine, Update, rounding_generator
 from fura_rl.sync.factors import Factors, Read, Span, fold_slice
-from fura_rl.sync.fingerprint import base_sample
+from fura_rl.sync.fingerprint import Sample, base_sample
 from fura_rl.sync.fold import CheckpointWeight, checkpoint_weights
 from fura_rl.sync.fold_rules import shifts_its_base
+from fura_rl.sync.remote_engine import Follower
 from fura_rl.sync.rounding import ROUNDINGS
-from fura_rl.sync.sharding import whole
+from fura_rl.sync.sharding import local
 
 logger = logging.getLogger(__name__)
 
@@ -136,18 +137,23 @@ class WeightSync:
         self.score = score
         self.version = 0
         self._previous_logprobs: torch.Tensor | None = None
-        self.weights = {weight.name: weight for weight in checkpoint_weights(model)}
+        self.weights = self._current_weights()
         self._starts = {} if engine.reads_the_trainers_base else starts_of_shifted_bases(self.weights.values(), model)
         engine.prepare({name: weight.shape for name, weight in self.weights.items()}, self._base_samples())
 
-    def _base_samples(self) -> dict[str, list[float]]:
+    def _current_weights(self) -> dict[str, CheckpointWeight]:
+        """By name; looked up anew at every sync, since sharding a model replaces its parameters."""
+        return {weight.name: weight for weight in checkpoint_weights(self.model)}
+
+    def _base_samples(self) -> dict[str, Sample]:
         """A few numbers of every adapted base weight, which the engine's own must have as well."""
-        adapted = {name: weight for name, weight in self.weights.items() if weight.layer is not None}
-        return (
-            {}
-            if self.engine.reads_the_trainers_base
-            else {name: base_sample(self._checkpoint_read(weight), weight.shape) for name, weight in adapted.items()}
-        )
+        if self.engine.reads_the_trainers_base or isinstance(self.engine, Follower):
+            return {}
+        return {
+            name: base_sample(self._checkpoint_read(weight), weight.local_rows, weight.shape[1])
+            for name, weight in self.weights.items()
+            if weight.layer is not None
+        }
 
     def sync(self, everything: bool = False) -> SyncReport:
         """Bring the engine to the policy's current weights.
@@ -160,6 +166,7 @@ class WeightSync:
             StaleEngineError: where the engine does not compute what the trainer computes afterwards.
         """
         clock = [time.perf_counter()]
+        self.weights = self._current_weights()
         refuse_non_finite(self.weights.values())
         chosen = [
             weight
@@ -219,8 +226,8 @@ class WeightSync:
         return factors if start is None else relative_to_start(factors, start)
 
     def _checkpoint_read(self, weight: CheckpointWeight) -> Read:
-        """The base weight as the checkpoint has it, also where making the adapter has moved it."""
-        read, start = weight.read(), self._starts.get(weight.name)
+        """This process's rows of the base weight as the checkpoint has it, also where making the adapter moved it."""
+        read, start = weight.read_local(), self._starts.get(weight.name)
         if start is None:
             return read
 
@@ -240,7 +247,7 @@ class WeightSync:
         gains = self.audit.gains(self.engine)
         if stale := stale_modules(gains):
             logger.warning("weight sync: %s did not take the new weights; sending them once more", ", ".join(stale))
-            self._push(chosen, UpdateWatch(self))
+            self.engine.resend()
             gains = self.audit.gains(self.engine)
         if stale := stale_modules(gains):
             raise probe.StaleEngineError(stale_message(stale, gains))
@@ -249,6 +256,8 @@ class WeightSync:
 
     def _probe(self) -> float:
         trainer = self.score(self.model, self.probe_token_ids)
+        if isinstance(self.engine, Follower):
+            return None
         gap = probe.check(
             self.engine.prompt_logprobs(self.probe_token_ids),
             trainer,
@@ -300,8 +309,10 @@ class UpdateWatch:
         if len(weight.shape) != 2 or not weight.trained:
             return
         started = time.perf_counter()
-        spans, columns = sample_spans(weight.shape[0]), (0, weight.shape[1])
+        spans, columns = sample_spans(weight.local_rows), (0, weight.shape[1])
         read = self._read(weight) if weight.layer is not None else None
+        if not spans:
+            return
         device = next(iter(factors.tensors.values())).device
         rounds = self._engine.dtype.itemsize < 4
 
@@ -376,9 +387,9 @@ def refuse_non_finite(weights: Iterable[CheckpointWeight]) -> None:
         FloatingPointError: naming the first weight that a non-finite trained parameter reaches.
     """
     trained = [(weight.name, p) for weight in weights for p in weight.trained_parameters()]
-    if not trained or torch.stack([whole(p).isfinite().all() for _, p in trained]).all():
+    if not trained or torch.stack([local(p).isfinite().all() for _, p in trained]).all():
         return
-    name = next(name for name, p in trained if not whole(p).isfinite().all())
+    name = next(name for name, p in trained if not local(p).isfinite().all())
     raise FloatingPointError(
         f"the trained parameters of {name} are not finite, so the policy diverged: lower learning_rate or max_grad_norm"
     )
