@@ -1,0 +1,198 @@
+r"""The last rung, in worker processes only: math-verify reads both sides, then guards decide what it may not.
+
+Two numbers, or two expressions, are compared by value at high precision: math-verify's own comparison rounds to six
+decimals and calls `1.6 \times 10^{-19}` and `1.7 \times 10^{-19}` equal.  Sets, relations and matrices go to
+`math_verify.verify`.  Both sides are wrapped in a box before they are parsed: a bare gold `3\sqrt{13}` is read as 3.
+Read in math-verify 0.9.0 and latex2sympy2_extended 1.11.0; only public names are used.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+from rewards.latex import brace_arguments
+from rewards.leaves import DECIMAL
+
+DEGREES, RADIANS = re.compile(r"(\d+(?:\.\d+)?)\s*\^\{\\circ\}"), r"(\\frac{\1\\pi}{180})"
+DIGITS = 50
+SAME = 1e-40  # relative difference of equal numbers at 50 digits
+DISTINCT_POINTS = ((37, 29), (61, 47), (19, 7), (5, 11), (83, 31), (13, 23), (41, 17), (3, 13))
+
+
+class UnparseableError(Exception):
+    """math-verify cannot read the answer, or (`is_gold`) the gold."""
+
+    def __init__(self, text: str, is_gold: bool) -> None:
+        super().__init__(text)
+        self.is_gold = is_gold
+
+
+@functools.cache
+def extraction_config() -> tuple[Any, ...]:
+    """Boxes only; units and equations as they are, so that no letter is eaten as a unit in silence."""
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig
+
+    normalization = NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="last", equations=False
+    )
+    return (
+        LatexExtractionConfig(
+            boxed_match_priority=0, try_extract_without_anchor=False, normalization_config=normalization
+        ),
+    )
+
+
+@functools.lru_cache(maxsize=20_000)
+def parse(text: str) -> Any:
+    """The sympy object of an expression, or None.  `i` is the imaginary unit, decimals are exact."""
+    import sympy
+    from math_verify import parse as math_verify_parse
+
+    try:
+        parsed = math_verify_parse(
+            rf"\boxed{{{brace_arguments(DEGREES.sub(RADIANS, text))}}}",
+            extraction_config(),
+            fallback_mode="no_fallback",
+            extraction_mode="first_match",
+            parsing_timeout=None,  # the worker has a deadline of its own
+            raise_on_error=True,
+        )
+    except (RecursionError, MemoryError):
+        raise
+    except Exception:  # whatever the grammar or sympy's constructors raise: the text has no meaning to them
+        return None
+    if not parsed or isinstance(parsed[0], str):
+        return None
+    if not is_scalar(parsed[0]):
+        return parsed[0]
+    imaginary = {letter: sympy.I for letter in parsed[0].free_symbols if str(letter) == "i"}
+    return parsed[0].subs(imaginary).replace(lambda part: part.is_Float, lambda number: sympy.Rational(str(number)))
+
+
+def equal(gold: str, answer: str, min_rounded_digits: int, tolerance: float = 0.0) -> bool:
+    """Whether two normalised expressions are equal.
+
+    Raises:
+        UnparseableError: where math-verify cannot read one of them.
+    """
+    g, a = parse(gold), parse(answer)
+    for parsed, text in ((g, gold), (a, answer)):
+        if parsed is None:
+            raise UnparseableError(text, is_gold=parsed is g and g is None)
+    if any(undefined(side) for side in (g, a)):
+        return False
+    if is_scalar(g) and is_scalar(a):
+        verdict = same_values(g, a, answer, min_rounded_digits, tolerance)
+        if verdict is not None:
+            return verdict
+    return verify(g, a)
+
+
+def is_scalar(side: Any) -> bool:
+    """An expression of numbers and letters; no matrix, set, relation or tuple."""
+    import sympy
+
+    return isinstance(side, sympy.Expr) and not getattr(side, "is_Matrix", False)
+
+
+def undefined(side: Any) -> bool:
+    """Whether nan or an unsigned infinity is in it."""
+    import sympy
+
+    return bool(getattr(side, "has", None)) and side.has(sympy.nan, sympy.zoo)
+
+
+def verify(gold: Any, answer: Any) -> bool:
+    """math-verify's own verdict; gold first, for it is not symmetric."""
+    import sympy
+    from math_verify import verify as math_verify_verify
+
+    if isinstance(answer, sympy.core.relational.Relational) and not isinstance(gold, sympy.core.relational.Relational):
+        return False  # it would take the last side of any equation
+    try:
+        return math_verify_verify(
+            [gold],
+            [answer],
+            float_rounding=6,
+            numeric_precision=15,
+            strict=True,
+            allow_set_relation_comp=True,
+            timeout_seconds=None,
+            raise_on_error=True,
+        )
+    except (RecursionError, MemoryError):
+        raise
+    except Exception:  # sympy cannot compare the two kinds of thing
+        return False
+
+
+def same_values(gold: Any, answer: Any, answer_text: str, min_digits: int, tolerance: float) -> bool | None:
+    """By value: of numbers once, of expressions at points for their letters.  None where there is no value to compare.
+
+    At points where either side is not real the other is not asked: `2 \\ln x` and `\\ln x^2` agree where both are.
+    """
+    letters = sorted(gold.free_symbols | answer.free_symbols, key=str)
+    if not letters:
+        pair = (number(gold), number(answer))
+        return None if None in pair else same_number(*pair, answer_text, gold, min_digits, tolerance)
+    agreements = 0
+    for shift in range(len(DISTINCT_POINTS)):
+        point = {letter: coordinate(shift, index) for index, letter in enumerate(letters)}
+        g, a = number(gold.subs(point)), number(answer.subs(point))
+        if g is None or a is None:
+            continue
+        if shift >= 4 and (abs(g.imag) > SAME or abs(a.imag) > SAME):
+            continue
+        if not near(g, a, SAME):
+            return False
+        agreements += 1
+    return True if agreements >= 4 else None
+
+
+def coordinate(shift: int, index: int) -> Any:
+    """The value of a letter: positive in the first four points, of both signs in the others."""
+    import sympy
+
+    above, below = DISTINCT_POINTS[(shift + 3 * index) % len(DISTINCT_POINTS)]
+    value = sympy.Rational(above + 2 * index, below)
+    return -value if shift >= 4 and (shift + index) % 2 else value
+
+
+def number(expression: Any) -> Any:
+    """A complex number to 50 digits (mpmath), or None where the expression has no finite value."""
+    import mpmath
+    import sympy
+
+    value = sympy.N(expression, DIGITS)
+    if not value.is_number or value.has(sympy.nan, sympy.zoo, sympy.oo):
+        return None
+    real, imaginary = value.as_real_imag()
+    if not (real.is_Float or real.is_Rational) or not (imaginary.is_Float or imaginary.is_Rational):
+        return None
+    with mpmath.workdps(DIGITS):
+        return mpmath.mpc(real._to_mpmath(170), imaginary._to_mpmath(170))
+
+
+def near(left: Any, right: Any, tolerance: float) -> bool:
+    """Relative difference within the tolerance; what is below 1e-45 on both sides is the noise of a zero."""
+    import mpmath
+
+    with mpmath.workdps(DIGITS):
+        scale = max(abs(left), abs(right))
+        return bool(scale < 1e-45 or abs(left - right) <= tolerance * scale)
+
+
+def same_number(g: Any, a: Any, answer_text: str, gold: Any, min_digits: int, tolerance: float) -> bool:
+    if near(g, a, max(SAME, tolerance)):
+        return True
+    decimal = DECIMAL.fullmatch(answer_text.strip())
+    if decimal is None or gold.is_Rational:
+        return False
+    digits = decimal.group(2)
+    if len(digits.replace(".", "").lstrip("0")) < min_digits:
+        return False
+    exponent = int(decimal.group(3) or decimal.group(4) or 0) - len(digits.partition(".")[2])
+    return abs(g - a) <= 0.5 * 10.0**exponent
