@@ -44,7 +44,7 @@ UNDEFINED, HUGE = Undefined(), Huge()
 Reading = Value | Undefined | Huge | None
 
 
-@functools.lru_cache(maxsize=65_536)
+@functools.lru_cache(maxsize=8_192)
 def evaluate(text: str) -> Reading:
     """The exact value of an expression, `UNDEFINED`, `HUGE`, or None where this algebra cannot tell."""
     quotient = FACTORIAL_QUOTIENT.fullmatch(text.strip())

@@ -14,7 +14,9 @@ THINKING_TAG = re.compile(r"<(/?)(think|thinking|thought|reasoning)>")
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 BARE_BOX = re.compile(r"\\boxed\s*(-?\d+(?:\.\d+)?|(?<=\s)[A-Za-z])(?![A-Za-z0-9])")  # `\boxed 5`, as some golds have
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped character is skipped whole, so that \{ opens nothing
-BETWEEN_BOXES = re.compile(r"(?:\s|[$,;.*]|\\[()\[\] ,;]|\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\}){0,12}")
+BETWEEN_BOXES = re.compile(
+    r"(?:\s|[$,;.*]|\\[()\[\] ,;]|\\q?quad\b|\b(?:and|or)\b|\\text\{\s*(?:and|or)\s*\}|[A-Za-z](?:_\{?\w\}?)?\s*=){0,16}"
+)
 PHRASE = re.compile(r"\banswer\b[^\n.:=]{0,40}?(?:\bis\b|[:=])[ \t*:]*([^\n]{1,400})", re.IGNORECASE)
 SENTENCE_END = re.compile(r"\.(?:\s|$)|\$\s*\.")
 MAX_CHARS = 4_001  # one more than the longest answer that any mode reads: enough to see that it is too long

@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass
 
 from rewards.compare import Comparison, Fallback
-from rewards.extract import Extraction, last_boxed
+from rewards.extract import Extraction, extract
 from rewards.result import Status
 from rewards.shapes import readings
 from rewards.strictness import Strictness
@@ -22,11 +22,13 @@ class Judgement:
     decided_by: str = ""
 
 
-@functools.lru_cache(maxsize=20_000)
+@functools.lru_cache(maxsize=4_096)
 def gold_answer(gold: str) -> str:
-    """The gold as the content of a box: the last box of a worked solution, else the bare answer itself."""
-    boxed = last_boxed(gold)
-    return gold if boxed is None else boxed
+    """The gold as the content of a box: the last box of a worked solution (adjacent boxes as a list), else the gold."""
+    if r"\boxed" not in gold and r"\fbox" not in gold:
+        return gold
+    extraction = extract(gold)
+    return extraction.joined or (gold if extraction.answer is None else extraction.answer)
 
 
 def judge_extraction(extraction: Extraction, strictness: Strictness, truncated: bool = False) -> Judgement:

@@ -55,6 +55,8 @@ SYNONYMS = {
 COMMAND = re.compile(r"\\\\|\\([A-Za-z]+)\*?|\\[,;:!> ]|\\[()\[\]]|(?<!\\)\$|~|&nbsp;")
 THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\s*\\!|\\[,;:! ]|~|\\thinspace\b)\s*(?=\d{3}(?!\d))")
 SPACED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d])")
+ASCII_RELATIONS = {"<=": r"\le ", ">=": r"\ge ", "!=": r"\ne ", "=<": r"\le ", "=>": r"\Rightarrow ", "==": "="}
+ASCII_RELATION = re.compile(r"<=|>=|(?<![0-9)}])!=|=<|=>|==")
 OLD_FONT = re.compile(r"\{\\(bf|rm|it|sf|tt|cal)\s+")
 DROPPED_ARGUMENT = re.compile(r"\\(?:tag|phantom|hphantom|vphantom|label|hspace\*?|vspace\*?|color)\s*\{[^{}]*\}")
 COLOURED = re.compile(r"\\textcolor\s*\{[^{}]*\}")
@@ -104,7 +106,7 @@ def brace_group(text: str, start: int) -> int:
     return -1
 
 
-@functools.lru_cache(maxsize=65_536)
+@functools.lru_cache(maxsize=8_192)
 def normalise(text: str) -> str:
     """The canonical spelling of the content of a box.  Bounded by the length of the text; never raises."""
     if not text.isascii():
@@ -113,6 +115,7 @@ def normalise(text: str) -> str:
     if any(mark in text for mark in ("\\", "$", "%", "~", "{,}")):
         text = replace_commands(text)
     text = TEXT_PERCENT.sub(r"\\%", text) if "%" in text or "cent" in text or "pct" in text else text
+    text = ASCII_RELATION.sub(lambda match: ASCII_RELATIONS[match.group()], text)
     text = SPACED_THOUSANDS.sub(lambda match: match.group().replace(" ", ""), text.replace("**", " "))
     return unwrap(SPACE.sub(" ", text))
 
@@ -154,6 +157,8 @@ def rename_command(match: re.Match[str]) -> str:
     name = match.group(1)
     if name is None:
         return " " if token[-1] in ",;:!> ~" or token.startswith("&") else ""  # spacing; $ and \( \) \[ \] go
+    if name.startswith(("quad", "qquad")):
+        return " " + name.removeprefix("q").removeprefix("quad").removeprefix("uad")  # `\\quadx`, as some golds have
     return SYNONYMS.get(name, token)
 
 

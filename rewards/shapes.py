@@ -9,7 +9,10 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass, field
+from fractions import Fraction
 
+from rewards.algebra import ONE, Value
+from rewards.expression import evaluate
 from rewards.latex import normalise, scan, split_top, unwrap
 from rewards.texts import as_constant, as_text
 from rewards.units import split_unit
@@ -108,7 +111,7 @@ BRACKETS = {"(": ")", "[": "]", r"\{": r"\}", r"\langle": r"\rangle"}
 RELATIONS = frozenset({"=", "<", ">", r"\le", r"\ge", r"\ne", r"\approx", r"\in", r"\Rightarrow", r"\equiv"})
 FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 CONNECTOR = re.compile(r",?\s*\\text\s*\{\s*,?\s*(and|or)\s*,?\s*\}|,?(?<![A-Za-z\\])\s*\b(and|or)\b(?![A-Za-z])")
-NAME = re.compile(r"(?:[A-Za-z+*()\[\]|',\s{}^]|\\[A-Za-z]+|_\s*(?:\{[A-Za-z0-9, ]+\}|[A-Za-z0-9])|-(?=\s*[A-Za-z\\]))+")
+NAME = re.compile(r"(?:[A-Za-z+*/:()\[\]|',\s{}^]|\\[A-Za-z]+|_\s*(?:\{[A-Za-z0-9, ]+\}|[A-Za-z0-9])|-(?=\s*[A-Za-z\\]))+")
 MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
 SET_BUILDER = re.compile(r"\\\{\s*[A-Za-z](?:\s*\\in\s*(?:\\mathbb\{R\}|R))?\s*(?:\||:)\s*(.*)\\\}", re.DOTALL)
 WITHOUT = re.compile(r"(?:\\mathbb\{R\})\s*(?:\\setminus|\\backslash|-)\s*\\\{(.*)\\\}", re.DOTALL)
@@ -120,7 +123,7 @@ MEANING = re.compile(r"[^\W_]")  # without a letter or a digit nothing is said
 CHOICE = re.compile(r"(?:\\text\s*\{)?\s*\(([A-Z])\)\s*\}?\s*[:.]?\s*(\S.*)", re.DOTALL)
 
 
-@functools.lru_cache(maxsize=65_536)
+@functools.lru_cache(maxsize=8_192)
 def readings(text: str) -> tuple[Shape, ...]:
     """Every way to read the content of a box; most have one.  `10,000` is a number and a list, `(C) 12` a choice.
 
@@ -219,7 +222,8 @@ def read_list(text: str, nesting: int) -> Shape | None:
         return " , "
 
     plain = CONNECTOR.sub(note, text) if "and" in text or "or" in text else text
-    pieces = [piece for _, piece in split_top(plain, lambda token: token in (",", ";")) if piece.strip()]
+    separators = ";" if len(split_top(plain, lambda token: token == ";")) > 1 else ","  # p=5,q=2; p=7,q=2
+    pieces = [piece for _, piece in split_top(plain, lambda token: token == separators) if piece.strip()]
     if len(pieces) < 2:
         return None
     items = read_all(pieces, nesting)
@@ -258,7 +262,7 @@ def read_relation(text: str, nesting: int) -> Shape | None:
     signs = tuple(sign for sign, _ in pieces[1:])
     sides = tuple(unwrap(side) for _, side in pieces)
     if signs == (r"\approx",):
-        return read(sides[0] or sides[1], nesting + 1)
+        return read(sides[1] if not sides[0] or is_name(sides[0]) else sides[0], nesting + 1)
     if signs[0] in (r"\in", r"\approx", r"\Rightarrow", "=") and not sides[0]:
         return read(text[text.index(signs[0]) + len(signs[0]) :], nesting + 1)
     if signs == (r"\in",) and is_name(sides[0]):
@@ -279,8 +283,23 @@ def read_equation(sides: tuple[str, ...], signs: tuple[str, ...], nesting: int) 
     return Relation(sides, signs)
 
 
+def solve_linear(sides: tuple[str, ...], sign: str) -> tuple[tuple[str, ...], str]:
+    """`-2x > 6` as `x < -3`, where one letter stands there to the first power; anything else as it is."""
+    value = evaluate(f"({sides[0]})-({sides[1]})")
+    if not isinstance(value, Value) or len(value.letters) != 1 or value.below != ONE:
+        return sides, sign
+    [letter] = value.letters
+    slope, rest = value.above.get(((letter, Fraction(1)),)), value.above.get((), Fraction(0))
+    if slope is None or value.above.keys() - {()} != {((letter, Fraction(1)),)}:
+        return sides, sign
+    return (letter, str(-rest / slope)), sign if slope > 0 else FLIPPED.get(sign, sign)
+
+
 def read_inequality(sides: tuple[str, ...], signs: tuple[str, ...], nesting: int) -> Shape | None:
     """`0 <= x < 1` and `x >= 3` as intervals; other inequalities stay relations."""
+    if len(sides) == 2 and not (is_name(sides[0]) or is_name(sides[1])):
+        sides, sign = solve_linear(sides, signs[0])
+        signs = (sign,)
     if len(sides) == 2 and is_name(sides[1]) and not is_name(sides[0]) and signs[0] in FLIPPED:
         sides, signs = sides[::-1], (FLIPPED[signs[0]],)
     if len(sides) == 2 and is_name(sides[0]) and not is_name(sides[1]):
@@ -306,7 +325,9 @@ def read_inequality(sides: tuple[str, ...], signs: tuple[str, ...], nesting: int
 def is_name(side: str) -> bool:
     """Whether a side of a relation names what is asked for: letters, `f(x)`, `a + b`, words; no number in it."""
     bare = re.sub(r"\\text\s*\{[^{}]*\}", "x", side)
-    return bool(NAME.fullmatch(bare)) and not re.search(r"\\(?:pi|infty|frac|sqrt|sum|int|prod|lim|e)(?![A-Za-z])", bare) and bare not in ("e", "i")
+    if not NAME.fullmatch(bare) or bare in ("e", "i") or bare.startswith("-"):
+        return False
+    return not re.search(r"\\(?:pi|infty|sqrt|sum|int|prod|lim)(?![A-Za-z])", bare)
 
 
 def canonical_name(side: str) -> str:

@@ -45,7 +45,7 @@ def extraction_config() -> tuple[Any, ...]:
     )
 
 
-@functools.lru_cache(maxsize=20_000)
+@functools.lru_cache(maxsize=4_096)
 def parse(text: str) -> Any:
     """The sympy object of an expression, or None.  `i` is the imaginary unit, decimals are exact."""
     import sympy

@@ -56,7 +56,7 @@ class Quantity:
     unit: str = ""
 
 
-@functools.lru_cache(maxsize=65_536)
+@functools.lru_cache(maxsize=8_192)
 def split_unit(text: str) -> Quantity:
     """Take a unit off a normalised expression; what is no number before it keeps everything."""
     text = text.strip()
