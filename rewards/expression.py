@@ -21,7 +21,8 @@ TOKEN = re.compile(
     | (?P<number>\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])|\d+\.?\d*|\.\d+)
     | (?P<pi>\\pi(?![A-Za-z]))
     | (?P<command>\\(?:frac|sqrt|binom)(?![A-Za-z]))
-    | (?P<letter>(?:[A-Za-z]|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|varphi|omega|sigma|rho|tau|epsilon|Delta)
+    | (?P<letter>(?:[A-Za-z]|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|varphi|omega|sigma|rho|tau
+        |epsilon|varepsilon|zeta|eta|kappa|nu|xi|psi|chi|ell|hbar|Delta|Gamma|Omega|Phi|Psi|Sigma|Lambda|Theta)
         (?![A-Za-z]))(?:\s*_\s*(?:[A-Za-z0-9]|\{[A-Za-z0-9]{1,6}\}))?)
     | (?P<symbol>[-+*/^!(){}\[\]|])
     )""",

@@ -111,7 +111,7 @@ BRACKETS = {"(": ")", "[": "]", r"\{": r"\}", r"\langle": r"\rangle"}
 RELATIONS = frozenset({"=", "<", ">", r"\le", r"\ge", r"\ne", r"\approx", r"\in", r"\Rightarrow", r"\equiv"})
 FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 CONNECTOR = re.compile(r",?\s*\\text\s*\{\s*,?\s*(and|or)\s*,?\s*\}|,?(?<![A-Za-z\\])\s*\b(and|or)\b(?![A-Za-z])")
-NAME = re.compile(r"(?:[A-Za-z+*/:()\[\]|',\s{}^]|\\[A-Za-z]+|_\s*(?:\{[A-Za-z0-9, ]+\}|[A-Za-z0-9])|-(?=\s*[A-Za-z\\]))+")
+NAME = re.compile(r"(?:[A-Za-z+*/:()\[\]|',\s{}^]|\\[A-Za-z]+|_\s*(?:\{[A-Za-z0-9, \\]+\}|[A-Za-z0-9])|-(?=\s*[A-Za-z\\]))+")
 MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
 SET_BUILDER = re.compile(r"\\\{\s*[A-Za-z](?:\s*\\in\s*(?:\\mathbb\{R\}|R))?\s*(?:\||:)\s*(.*)\\\}", re.DOTALL)
 WITHOUT = re.compile(r"(?:\\mathbb\{R\})\s*(?:\\setminus|\\backslash|-)\s*\\\{(.*)\\\}", re.DOTALL)
