@@ -6,6 +6,7 @@ sympy through math-verify.  Without a fallback the verdict may be None: the call
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -158,10 +159,12 @@ class Comparison:
         if not isinstance(gold, Relation) or not isinstance(answer, Relation):
             return False
         self.note("structure")
-        if gold == answer and self.identity:
+        if self.identity and gold.signs == answer.signs and squeezed(gold) == squeezed(answer):
             return True
         if len(gold.signs) != 1 or len(answer.signs) != 1:
             return every([self.chain(gold, None), self.chain(answer, None), self.leaf(last(gold), last(answer))])
+        if not any(LETTER.search(side) for side in (*gold.sides, *answer.sides)):  # statements about numbers
+            return every([self.leaf(last(gold), last(answer)), self.chain(answer, None)])
         (g_left, g_sign, g_right), (a_left, a_sign, a_right) = upright(gold), upright(answer)
         if g_sign != a_sign:
             return False
@@ -184,8 +187,8 @@ class Comparison:
         sides = list(relation.sides)
         while len(sides) > 1 and is_name(sides[0]):
             sides.pop(0)
-        squeezed = [leaves.squeeze(side) for side in sides]
-        if len(set(squeezed)) != len(squeezed) or not all(squeezed):
+        words = [leaves.squeeze(side) for side in sides]
+        if len(set(words)) != len(words) or not all(words):
             return False
         equal = every(self.leaf(Leaf(a), Leaf(b)) for a, b in zip(sides, sides[1:], strict=False))
         return equal if other is None or not equal else some(self.match(shape, other) for shape in readings(sides[-1]))
@@ -226,6 +229,7 @@ class Comparison:
         return self.leaf(*sides) if all(isinstance(s, Leaf) for s in sides) else False
 
 
+LETTER = re.compile(r"(?<![\\A-Za-z])[A-Za-z]|\\(?:theta|alpha|beta|gamma|lambda|phi|omega|mu|sigma|rho|tau|delta)(?![a-z])")
 RUNGS = ("string", "text", "exact", "structure", "math_verify")
 C = Comparison
 TABLE: dict[tuple[type, type], Callable[..., bool | None]] = {
@@ -284,6 +288,10 @@ def as_relation(assignment: Assignment) -> Relation | None:
     if isinstance(assignment.value, Leaf):
         return Relation((assignment.name, assignment.value.text), ("=",))
     return None
+
+
+def squeezed(relation: Relation) -> list[str]:
+    return [leaves.squeeze(side) for side in relation.sides]
 
 
 def last(relation: Relation) -> Leaf:

@@ -60,7 +60,7 @@ ASCII_RELATION = re.compile(r"<=|>=|(?<![0-9)}])!=|=<|=>|==")
 OLD_FONT = re.compile(r"\{\\(bf|rm|it|sf|tt|cal)\s+")
 DROPPED_ARGUMENT = re.compile(r"\\(?:tag|phantom|hphantom|vphantom|label|hspace\*?|vspace\*?|color)\s*\{[^{}]*\}")
 COLOURED = re.compile(r"\\textcolor\s*\{[^{}]*\}")
-ALIGNED = re.compile(r"\\(?:begin|end)\{(?:aligned?|gathered|split|equation|array|eqnarray)\*?\}(?:\{[lcr|]*\})?")
+ALIGNED = re.compile(r"\\(?:begin|end)\{(?:aligned?|gathered|split|equation|eqnarray)\*?\}(?:\{[lcr|]*\})?")
 ROMAN_LETTERS = re.compile(r"\\text\s*\{\s*([eid])\s*\}")
 ROMAN_FUNCTION = re.compile(
     r"\\text\s*\{\s*(sin|cos|tan|cot|sec|csc|ln|log|exp|arcsin|arccos|arctan|gcd|lcm|max|min|det|sinh|cosh|tanh)\s*\}"

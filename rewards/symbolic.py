@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from rewards.latex import brace_arguments
@@ -18,7 +19,8 @@ from rewards.leaves import DECIMAL
 DEGREES, RADIANS = re.compile(r"(\d+(?:\.\d+)?)\s*\^\{\\circ\}"), r"(\\frac{\1\\pi}{180})"
 DIGITS = 50
 SAME = 1e-40  # relative difference of equal numbers at 50 digits
-DISTINCT_POINTS = ((37, 29), (61, 47), (19, 7), (5, 11), (83, 31), (13, 23), (41, 17), (3, 13))
+POINTS = ((37, 29), (611, 47), (19, 7), (5, 11), (83, 31), (13, 23), (409, 17), (3, 13))  # for letters, in turn
+STEPS = 30  # whole numbers that functions with steps are compared at besides: two of them agree at many points
 
 
 class UnparseableError(Exception):
@@ -107,11 +109,12 @@ def undefined(side: Any) -> bool:
 
 def verify(gold: Any, answer: Any) -> bool:
     """math-verify's own verdict; gold first, for it is not symmetric."""
-    import sympy
     from math_verify import verify as math_verify_verify
+    from sympy.core.relational import Relational
 
-    if isinstance(answer, sympy.core.relational.Relational) and not isinstance(gold, sympy.core.relational.Relational):
-        return False  # it would take the last side of any equation
+    if isinstance(answer, Relational) or isinstance(gold, Relational):
+        # math-verify takes the last side of any equation, and calls two equations equal that it cannot solve
+        return isinstance(answer, Relational) and isinstance(gold, Relational) and same_relation(gold, answer)
     try:
         return math_verify_verify(
             [gold],
@@ -129,6 +132,34 @@ def verify(gold: Any, answer: Any) -> bool:
         return False
 
 
+def same_relation(gold: Any, answer: Any) -> bool:
+    """Whether two relations have equal sides, or, set against 0, differ by a constant factor at every point.
+
+    The factor has to be positive for inequalities.
+    """
+    import mpmath
+    import sympy
+
+    if type(gold) is not type(answer) and type(gold) is not type(answer.reversed):
+        return False
+    answer = answer if type(gold) is type(answer) else answer.reversed
+    if all(same_values(g, a, "", 1, 0.0) for g, a in zip(gold.args, answer.args, strict=True)):
+        return True
+    if not gold.free_symbols:
+        return False
+    left, right = gold.lhs - gold.rhs, answer.lhs - answer.rhs
+    letters, ratios = sorted(left.free_symbols | right.free_symbols, key=str), []
+    for point, _ in points(letters, has_steps(left) or has_steps(right)):
+        g, a = number(left.subs(point)), number(right.subs(point))
+        if g is not None and a is not None:
+            if abs(a) < SAME or abs(g) < SAME:
+                return False
+            with mpmath.workdps(DIGITS):
+                ratios.append(g / a)
+    steady = len(ratios) >= 4 and all(near(ratio, ratios[0], SAME) for ratio in ratios)
+    return steady and (isinstance(gold, sympy.Eq | sympy.Ne) or (abs(ratios[0].imag) < SAME and ratios[0].real > 0))
+
+
 def same_values(gold: Any, answer: Any, answer_text: str, min_digits: int, tolerance: float) -> bool | None:
     """By value: of numbers once, of expressions at points for their letters.  None where there is no value to compare.
 
@@ -141,17 +172,30 @@ def same_values(gold: Any, answer: Any, answer_text: str, min_digits: int, toler
             return None
         return same_number(*pair, answer_text, gold, min_digits, tolerance) and same_to_units(gold, answer, pair[0])
     agreements = 0
-    for shift in range(len(DISTINCT_POINTS)):
-        point = {letter: coordinate(shift, index) for index, letter in enumerate(letters)}
+    for point, any_sign in points(letters, has_steps(gold) or has_steps(answer)):
         g, a = number(gold.subs(point)), number(answer.subs(point))
         if g is None or a is None:
             continue
-        if shift >= 4 and (abs(g.imag) > SAME or abs(a.imag) > SAME):
+        if any_sign and (abs(g.imag) > SAME or abs(a.imag) > SAME):
             continue
         if not near(g, a, SAME):
             return False
         agreements += 1
     return True if agreements >= 4 else None
+
+
+def has_steps(side: Any) -> bool:
+    import sympy
+
+    return bool(side.has(sympy.floor, sympy.ceiling, sympy.Mod, sympy.sign, sympy.Heaviside))
+
+
+def points(letters: list[Any], steps: bool) -> Iterator[tuple[dict[Any, Any], bool]]:
+    """Values for the letters, and whether some are negative."""
+    for shift in range(len(POINTS)):
+        yield {letter: coordinate(shift, index) for index, letter in enumerate(letters)}, shift >= 4
+    for whole in range(1, STEPS * steps + 1):
+        yield {letter: whole + 7 * index for index, letter in enumerate(letters)}, False
 
 
 def same_to_units(gold: Any, answer: Any, value: Any) -> bool:
@@ -174,7 +218,7 @@ def coordinate(shift: int, index: int) -> Any:
     """The value of a letter: positive in the first four points, of both signs in the others."""
     import sympy
 
-    above, below = DISTINCT_POINTS[(shift + 3 * index) % len(DISTINCT_POINTS)]
+    above, below = POINTS[(shift + 3 * index) % len(POINTS)]
     value = sympy.Rational(above + 2 * index, below)
     return -value if shift >= 4 and (shift + index) % 2 else value
 
@@ -184,7 +228,10 @@ def number(expression: Any, digits: int = DIGITS) -> Any:
     import mpmath
     import sympy
 
-    value = sympy.N(expression, digits)
+    try:
+        value = sympy.N(expression, digits)
+    except (OverflowError, ValueError, ZeroDivisionError):  # beyond what mpmath can hold
+        return None
     if not value.is_number or value.has(sympy.nan, sympy.zoo, sympy.oo):
         return None
     real, imaginary = value.as_real_imag()
