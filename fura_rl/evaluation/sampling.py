@@ -68,7 +68,19 @@ class Evaluation:
 
     @property
     def no_answer_frac(self) -> float:
-        return sum(sample.answer is None for sample in self.samples) / len(self.samples)
+        """Without a boxed answer."""
+        return sum(sample.source != "box" for sample in self.samples) / len(self.samples)
+
+    @property
+    def phrase_correct_frac(self) -> float:
+        """Right in words ("the answer is 5") without a box: in no score, told beside it."""
+        right = [sample.status == "correct" and sample.source == "phrase" for sample in self.samples]
+        return sum(right) / len(self.samples)
+
+    @property
+    def ungraded_frac(self) -> float:
+        """Timed out, out of memory or crashed while they were graded; they count as wrong."""
+        return sum(sample.status in ("timeout", "memory", "crashed") for sample in self.samples) / len(self.samples)
 
     def rows(self) -> list[dict[str, Any]]:
         return [asdict(sample) for sample in self.samples]
