@@ -147,7 +147,7 @@ def replace_commands(text: str) -> str:
     text = re.sub(r"\\(?:left|right)\s*\.", " ", text)
     text = COMMAND.sub(rename_command, text)
     text = ROMAN_FUNCTION.sub(r"\\\1 ", ROMAN_LETTERS.sub(r"\1", text))
-    text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?", r"^{\\circ}", text)
+    text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))", r"^{\\circ}", text)
     return re.sub(r"\s+(?=[\^_])", "", text)
 
 

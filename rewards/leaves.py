@@ -54,9 +54,11 @@ def same_value(gold: Leaf, answer: Leaf, factor: Fraction, strictness: Strictnes
     try:
         a = algebra.times(a, algebra.constant(factor)) if factor != 1 else a
         pairs = [(g, a)]
-        if (gold.unit == "%") != (answer.unit == "%"):  # 25% is 25 and 0.25
-            hundredth = algebra.constant(Fraction(1, 100))
-            pairs += [(algebra.times(g, hundredth), a) if gold.unit == "%" else (g, algebra.times(a, hundredth))]
+        hundredth = algebra.constant(Fraction(1, 100))
+        if gold.unit == "%" != answer.unit:  # 25% is 25 and 0.25
+            pairs.append((algebra.times(g, hundredth), a))
+        elif answer.unit == "%" != gold.unit and not is_count(g):  # 0.25 is 25%; but 7 is 7%, as a number of percent
+            pairs.append((g, algebra.times(a, hundredth)))
         if any(x == y or close(x, y, tolerance) for x, y in pairs) or fold_case(gold.text, answer.text):
             return True
         return rounded(gold.text, answer.text, g, a, strictness.min_rounded_digits)
@@ -64,6 +66,12 @@ def same_value(gold: Leaf, answer: Leaf, factor: Fraction, strictness: Strictnes
         return None
     except UndefinedError:
         return False
+
+
+def is_count(value: Value) -> bool:
+    """Whether a gold is a whole number beyond one: nobody writes 7 as 700%."""
+    number = value.rational
+    return number is not None and number.denominator == 1 and abs(number) > 1
 
 
 def refused(gold: str, answer: str, strictness: Strictness) -> bool:

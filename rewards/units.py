@@ -31,7 +31,11 @@ UNITS: dict[str, tuple[str, Fraction]] = {
 }  # fmt: skip
 WORD_FORMS = {"feet": "foot", "inches": "inch", "pounds": "pound"}
 POWER_WORDS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
-NOT_UNITS = frozenset("sin cos tan cot sec csc log ln exp arcsin arccos arctan gcd lcm mod max min or and if for det".split())
+NOT_UNITS = frozenset(  # functions, and words that make a sentence of what would be a quantity
+    "sin cos tan cot sec csc log ln exp arcsin arccos arctan gcd lcm mod max min det or and if for but with where when is "
+    "are was be not no non isn wrong incorrect false right correct true maybe perhaps possibly either neither than answer "
+    "solution except unless instead then plus minus time".split()
+)
 
 CURRENCY = re.compile(r"^([+-]?)\s*(?:\\\$|£|€|¥|US\\\$|USD|Rs\.?)\s*(?=[\d.\\+-])")
 DEGREES = re.compile(r"\s*\^\{\\circ\}\s*(?:\\text\{\s*[CF]\s*\}|[CF]\b)?$")
