@@ -7,7 +7,7 @@ Importable by itself: neither torch nor `fura_rl` is needed, and sympy is import
     result.status, result.reward        # ("correct", 1.0)
 """
 
-from rewards.extract import completion_text, extract, last_boxed
+from rewards.extract import completion_text, last_boxed
 from rewards.functions import boxed_format_reward, math_reward, overlong_penalty, think_format_reward
 from rewards.grading import agrade, check_golds, close_workers, default_pool, grade, start_workers
 from rewards.ladder import gold_answer
@@ -31,7 +31,6 @@ __all__ = [
     "close_workers",
     "completion_text",
     "default_pool",
-    "extract",
     "gold_answer",
     "grade",
     "last_boxed",

@@ -53,7 +53,9 @@ def summary(results: list[Result]) -> str:
 
 
 def disagreements(rows: list[dict[str, Any]], results: list[Result]) -> list[str]:
-    labelled = [(row, result) for row, result in zip(rows, results, strict=True) if isinstance(row.get("expected"), bool)]
+    labelled = [
+        (row, result) for row, result in zip(rows, results, strict=True) if isinstance(row.get("expected"), bool)
+    ]
     if not labelled:
         return []
     wrong = [

@@ -153,7 +153,7 @@ def tidy(above: Sum, below: Sum) -> Value:
 def raise_to(base: Value, exponent: Value) -> Value:
     power = exponent.rational
     if power is None:
-        raise UndecidedError
+        return power_with_letters(base, exponent)
     if power.denominator != 1:
         return root(base, power)
     n = int(power)
@@ -167,6 +167,32 @@ def raise_to(base: Value, exponent: Value) -> Value:
     for _ in range(n):
         result = times(result, base)
     return result
+
+
+def power_with_letters(base: Value, exponent: Value) -> Value:
+    """`4^{n+1}` as 2^2 (2^n)^2, with `2^n` an atom: powers of distinct primes, of e and of letters are independent."""
+    if exponent.below != ONE or base.below != ONE or len(base.above) != 1 or len(exponent.above) > 6:
+        raise UndecidedError
+    [(term, factor)] = base.above.items()
+    bases: dict[Atom, Fraction] = dict(term)
+    if factor <= 0 or any(isinstance(name, str) and ("^" in name or name == "i" or p != 1) for name, p in term):
+        raise UndecidedError
+    for number, sign in ((factor.numerator, 1), (factor.denominator, -1)):
+        for prime, count in factorise(number).items():
+            bases[prime] = bases.get(prime, Fraction(0)) + sign * count
+    powers: dict[Atom, Fraction] = {}
+    for monomial, coefficient in exponent.above.items():
+        if any(isinstance(name, int) or name == "i" for name, _ in monomial):
+            raise UndecidedError
+        for name, power in bases.items():
+            key = f"{name}^{monomial_name(monomial)}" if monomial else name
+            powers[key] = powers.get(key, Fraction(0)) + power * coefficient
+    reduced, extra = reduce_powers(powers)
+    return Value({reduced: check_size(extra)}, ONE)
+
+
+def monomial_name(monomial: Term) -> str:
+    return "*".join(f"{name}^{power}" for name, power in monomial)
 
 
 def power_of_term(base: Value, n: int) -> Value:

@@ -10,10 +10,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import pairwise
 
 from rewards import leaves
 from rewards.algebra import Value
 from rewards.expression import evaluate
+from rewards.reading import is_name, readings
 from rewards.shapes import (
     Assignment,
     Based,
@@ -26,8 +28,6 @@ from rewards.shapes import (
     Shape,
     Text,
     Union,
-    is_name,
-    readings,
 )
 from rewards.strictness import Strictness
 
@@ -119,7 +119,6 @@ class Comparison:
         """A list without brackets in the order of the tuple; intervals and sets are no tuples."""
         self.note("structure")
         listed, tupled = (gold, answer) if isinstance(gold, Collection) else (answer, gold)
-        assert isinstance(listed, Collection) and isinstance(tupled, Ordered)
         if listed.braces or tupled.name or (tupled.opening, tupled.closing) != ("(", ")"):
             return False
         if len(gold.items) != len(answer.items):
@@ -190,7 +189,7 @@ class Comparison:
         words = [leaves.squeeze(side) for side in sides]
         if len(set(words)) != len(words) or not all(words):
             return False
-        equal = every(self.leaf(Leaf(a), Leaf(b)) for a, b in zip(sides, sides[1:], strict=False))
+        equal = every(self.leaf(Leaf(a), Leaf(b)) for a, b in pairwise(sides))
         return equal if other is None or not equal else some(self.match(shape, other) for shape in readings(sides[-1]))
 
     def based(self, gold: Based, answer: Based) -> bool:
@@ -229,7 +228,9 @@ class Comparison:
         return self.leaf(*sides) if all(isinstance(s, Leaf) for s in sides) else False
 
 
-LETTER = re.compile(r"(?<![\\A-Za-z])[A-Za-z]|\\(?:theta|alpha|beta|gamma|lambda|phi|omega|mu|sigma|rho|tau|delta)(?![a-z])")
+LETTER = re.compile(
+    r"(?<![\\A-Za-z])[A-Za-z]|\\(?:theta|alpha|beta|gamma|lambda|phi|omega|mu|sigma|rho|tau|delta)(?![a-z])"
+)
 RUNGS = ("string", "text", "exact", "structure", "math_verify")
 C = Comparison
 TABLE: dict[tuple[type, type], Callable[..., bool | None]] = {
@@ -308,5 +309,3 @@ def upright(relation: Relation) -> tuple[str, str, str]:
 
 def is_clock(ratio: Ratio) -> bool:
     return bool(ratio.half) or any(part.startswith("0") and len(part) == 2 for part in ratio.parts[1:])
-
-

@@ -15,8 +15,8 @@ from rewards.algebra import HugeError, UndecidedError, UndefinedError, Value
 MAX_DEPTH, MAX_TOKENS = 24, 1_500
 TOKEN = re.compile(
     r"""\s*(?:
-      (?P<repeating>\d*\.\d*\\overline\s*\{\d+\}|\d*\.\d*\\dot\s*\{?\d\}?|\d*\.\d*(?P<unit>\d{1,3}?)(?P=unit){2,}
-        \s*(?:\\ldots|\.\.\.))
+      (?P<repeating>\d*\.\d*\\overline\s*\{\d+\}|\d*\.\d*\\dot\s*\{?\d\}?|(?=\d*\.\d+\s*(?:\\ldots|\.\.\.))\d*\.\d*
+        (?P<unit>\d{1,3}?)(?P=unit){2,}\s*(?:\\ldots|\.\.\.))
     | (?P<scientific>(?:\d+\.?\d*|\.\d+)[eE][+-]?\d{1,6}(?![\w.]))
     | (?P<number>\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])|\d+\.?\d*|\.\d+)
     | (?P<pi>\\pi(?![A-Za-z]))
@@ -218,7 +218,7 @@ class Parser:
         return algebra.root(radicand, 1 / degree)
 
     def argument(self, whole_number: bool = False) -> Value:
-        r"""The argument of a command: a group, or one token; of a number one digit (`\frac12`), of a root all of them."""
+        r"""The argument of a command: a group, or one token; of a number one digit (`\frac12`), of a root all."""
         kind, text = self.peek()
         if text == "{":
             return self.group()
@@ -273,7 +273,9 @@ class Parser:
         return algebra.constant(read_decimal(mantissa) * Fraction(10) ** int(exponent))
 
     def repeating(self, text: str) -> Value:
-        digits = re.match(r"(\d*)\.(\d*?)(?:\\(?:overline|dot)\s*\{?(\d+)\}?|(\d{1,3}?)\4{2,}\s*(?:\\ldots|\.\.\.))$", text)
+        digits = re.match(
+            r"(\d*)\.(\d*?)(?:\\(?:overline|dot)\s*\{?(\d+)\}?|(\d{1,3}?)\4{2,}\s*(?:\\ldots|\.\.\.))$", text
+        )
         if digits is None:
             raise UndecidedError
         whole, start, period = digits.group(1) or "0", digits.group(2), digits.group(3) or digits.group(4)
@@ -287,5 +289,3 @@ def read_decimal(text: str) -> Fraction:
         raise HugeError
     whole, _, decimals = text.partition(".")
     return Fraction(int((whole + decimals) or 0), 10 ** len(decimals))
-
-

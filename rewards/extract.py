@@ -1,7 +1,7 @@
 r"""Where the answer stands in a completion.  The one extractor, for rewards, golds and evaluation; no sympy here.
 
-The text after the last closed thinking block counts; in it the last closed `\boxed{...}` or `\fbox{...}`.  Every step is
-linear in the length of the text, so a megabyte of braces costs no more than a megabyte of prose.
+The text after the last closed thinking block counts; in it the last closed `\boxed{...}` or `\fbox{...}`.  Every step
+is linear in the length of the text, so a megabyte of braces costs no more than a megabyte of prose.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 BARE_BOX = re.compile(r"\\boxed\s*(-?\d+(?:\.\d+)?|(?<=\s)[A-Za-z])(?![A-Za-z0-9])")  # `\boxed 5`, as some golds have
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped character is skipped whole, so that \{ opens nothing
 BETWEEN_BOXES = re.compile(
-    r"(?:\s|[$,;.*]|\\[()\[\] ,;]|\\q?quad\b|\b(?:and|or)\b|\\text\{\s*(?:and|or)\s*\}|[A-Za-z](?:_\{?\w\}?)?\s*=){0,16}"
+    r"(?:\s|[$,;.*]|\\[()\[\] ,;]|\\q?quad\b|\b(?:and|or)\b|\\text\{\s*(?:and|or)\s*\}"
+    r"|[A-Za-z](?:_\{?\w\}?)?\s*=){0,16}"
 )
 PHRASE = re.compile(r"\banswer\b[^\n.:=]{0,40}?(?:\bis\b|[:=])[ \t*:]*([^\n]{1,400})", re.IGNORECASE)
 SENTENCE_END = re.compile(r"\.(?:\s|$)|\$\s*\.")
@@ -120,7 +121,7 @@ def extract(text: str, prefilled: bool = False, phrase_fallback: bool = False) -
 
 
 def join_run(text: str, boxes: list[tuple[int, int, int]], contents: list[str]) -> str | None:
-    r"""`\boxed{1}$ and $\boxed{-2}` as `1, -2`: the boxes at the end that only connectors separate; None for one box."""
+    r"""`\boxed{1}$ and $\boxed{-2}` as `1, -2`: the last boxes, which only connectors separate; None for one box."""
     first = len(boxes) - 1
     while first and len(boxes) - first < 9:
         gap = text[boxes[first - 1][2] + 1 : boxes[first][0]]

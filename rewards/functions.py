@@ -69,12 +69,10 @@ def boxed_format_reward(completions: Sequence[Completion], **_columns: Any) -> l
 def think_format_reward(completions: Sequence[Completion], **_columns: Any) -> list[float]:
     """1.0 where a completion is one thinking block from its start and then text; as TRL's function of this name."""
     texts = [completion_text(completion) for completion in completions]
-    return [
-        float(text.startswith("<think>") and text.count("<think>") == 1 and "</think>" in text) for text in texts
-    ]
+    return [float(text.startswith("<think>") and text.count("<think>") == 1 and "</think>" in text) for text in texts]
 
 
-class overlong_penalty:  # noqa: N801 (used as a function; a class so that it can be pickled)
+class overlong_penalty:  # used as a function, a class so that it can be pickled
     """DAPO's soft penalty of long completions (arXiv 2503.14476, eq. 13): 0, then linear, then -1.
 
     With L the length in tokens: 0 for L <= max_tokens - cache_tokens, -1 for L > max_tokens, and

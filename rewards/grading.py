@@ -184,9 +184,7 @@ def as_item(item: Item | Mapping[str, Any] | Sequence[Any]) -> Item:
     raise TypeError(f"an item is an Item, a mapping or a (completion, gold) pair, not {type(item).__name__}")
 
 
-def _submit(
-    items: Iterable[Any], mode: str, prefilled: bool, pool: WorkerPool | None
-) -> tuple[Prepared, list[Task]]:
+def _submit(items: Iterable[Any], mode: str, prefilled: bool, pool: WorkerPool | None) -> tuple[Prepared, list[Task]]:
     find_mode(mode)
     prepared = _prepare([as_item(item) for item in items], mode, prefilled)
     tasks = [task for task, _ in prepared.waiting.values()]
@@ -225,7 +223,11 @@ def _prepare(items: list[Item], mode: str, prefilled: bool) -> Prepared:
                 VERDICTS.put(key, (judgement.status, judgement.decided_by))
         seconds = time.perf_counter() - started
         prepared.results[position] = Result(
-            judgement.status, answer, extraction.source, judgement.decided_by, seconds  # type: ignore[arg-type]
+            judgement.status,
+            answer,
+            extraction.source,
+            judgement.decided_by,
+            seconds,  # type: ignore[arg-type]
         )
     return prepared
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from rewards.compare import Comparison, Fallback
 from rewards.extract import Extraction, extract
+from rewards.reading import readings
 from rewards.result import Status
-from rewards.shapes import readings
 from rewards.strictness import Strictness
 
 MAX_GOLD_CHARS = 4_000

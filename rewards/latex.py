@@ -12,12 +12,15 @@ from collections.abc import Callable, Iterator
 
 UNICODE = str.maketrans(
     {
-        "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ",
-        "÷": "/", "∕": "/", "⁄": "/", "±": r"\pm ", "∓": r"\mp ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "⩽": r"\le ",
-        "⩾": r"\ge ", "≈": r"\approx ", "∞": r"\infty ", "π": r"\pi ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ",
+        "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ",
+        "∙": r"\cdot ", "÷": "/", "∕": "/", "⁄": "/", "±": r"\pm ", "∓": r"\mp ", "≤": r"\le ", "≥": r"\ge ",
+        "≠": r"\ne ",
+        "⩽": r"\le ",        "⩾": r"\ge ", "≈": r"\approx ", "∞": r"\infty ", "π": r"\pi ", "∪": r"\cup ",
+        "∩": r"\cap ", "∈": r"\in ",
         "∅": r"\emptyset ", "°": r"^{\circ}", "º": r"^{\circ}", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}",
-        "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "λ": r"\lambda ", "φ": r"\phi ", "ω": r"\omega ",
-        "μ": r"\mu ", "σ": r"\sigma ", "δ": r"\delta ", "Δ": r"\Delta ", "∑": r"\sum ", "∏": r"\prod ", "∫": r"\int ",
+        "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "λ": r"\lambda ", "φ": r"\phi ",
+        "ω": r"\omega ",        "μ": r"\mu ", "σ": r"\sigma ", "δ": r"\delta ", "Δ": r"\Delta ", "∑": r"\sum ",
+        "∏": r"\prod ", "∫": r"\int ",
         "“": '"', "”": '"', "‘": "'", "’": "'", "，": ",", "、": ",", "。": ".", "⟨": r"\langle ", "⟩": r"\rangle ",
     }
 )  # fmt: skip
@@ -52,7 +55,7 @@ SYNONYMS = {
     "degree": r"^{\circ}", "infin": r"\infty ", "to": r"\to ", "rightarrow": r"\to ", "implies": r"\Rightarrow ",
     "bar": r"\overline", "percent": r"\%", "arctan": r"\arctan ", "imath": "i", "lparen": "(", "rparen": ")",
 }  # fmt: skip
-COMMAND = re.compile(r"\\\\|\\([A-Za-z]+)\*?|\\[,;:!> ]|\\[()\[\]]|(?<!\\)\$|~|&nbsp;")
+COMMAND = re.compile(r"\\\\|\\([A-Za-z]+)(?:(?<=operatorname)\*)?|\\[,;:!> ]|\\[()\[\]]|(?<!\\)\$|~|&nbsp;")
 THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\s*\\!|\\[,;:! ]|~|\\thinspace\b)\s*(?=\d{3}(?!\d))")
 SPACED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d])")
 ASCII_RELATIONS = {"<=": r"\le ", ">=": r"\ge ", "!=": r"\ne ", "=<": r"\le ", "=>": r"\Rightarrow ", "==": "="}
@@ -178,7 +181,7 @@ def unwrap(text: str) -> str:
 
 
 def brace_arguments(text: str) -> str:
-    r"""`\frac12` as `\frac{1}{2}`, `\frac\pi 2` as `\frac{\pi}{2}`, `\sqrt13` as `\sqrt{13}`: what other parsers need."""
+    r"""`\frac12` as `\frac{1}{2}`, `\frac\pi 2` as `\frac{\pi}{2}`, `\sqrt13` as `\sqrt{13}`: for other parsers."""
     pieces, position = [], 0
     for match in re.finditer(r"\\(frac|binom|sqrt)(?![A-Za-z])", text):
         if match.start() < position:

@@ -18,7 +18,9 @@ from rewards.units import conversion
 
 PI = decimal.Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899863")
 PRECISION = decimal.Context(prec=60)
-DECIMAL = re.compile(r"([+-]?)\s*(\d[\d,]*\.\d+|\.\d+|\d+\.\d*)\s*(?:\*\s*10\s*\^\s*\{?\s*(-?\d{1,4})\s*\}?|[eE]([+-]?\d{1,4}))?")
+DECIMAL = re.compile(
+    r"([+-]?)\s*(\d[\d,]*\.\d+|\.\d+|\d+\.\d*)\s*(?:\*\s*10\s*\^\s*\{?\s*(-?\d{1,4})\s*\}?|[eE]([+-]?\d{1,4}))?"
+)
 UNEVALUATED = re.compile(r"\\(?:sum|prod|int|iint|iiint|oint|lim)(?![A-Za-z])")
 CAPITAL = re.compile(r"\\[A-Za-z]+|[A-Z]")
 
@@ -79,7 +81,9 @@ def refused(gold: str, answer: str, strictness: Strictness) -> bool:
     if strictness.unevaluated or not UNEVALUATED.search(answer) or UNEVALUATED.search(gold):
         return False
     value = evaluate(gold)
-    return (isinstance(value, Value) and not value.letters) or not re.search(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", gold)
+    return (isinstance(value, Value) and not value.letters) or not re.search(
+        r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", gold
+    )
 
 
 def squeeze(text: str) -> str:
@@ -96,7 +100,10 @@ def same_infinity(gold: str, answer: str, g: object, a: object) -> bool | None:
 
 def fold_case(gold: str, answer: str) -> bool:
     """Whether the two are equal once letters are lower case, where the gold does not use a letter in both cases."""
-    small, large = set(re.findall(r"(?<![\\A-Za-z])[a-z]", gold)), {c.lower() for c in re.findall(r"(?<![\\A-Za-z])[A-Z]", gold)}
+    small, large = (
+        set(re.findall(r"(?<![\\A-Za-z])[a-z]", gold)),
+        {c.lower() for c in re.findall(r"(?<![\\A-Za-z])[A-Z]", gold)},
+    )
     if small & large or not re.search("[A-Z]", gold + answer):
         return False
     lowered = [CAPITAL.sub(lambda m: m.group() if len(m.group()) > 1 else m.group().lower(), t) for t in (gold, answer)]

@@ -4,11 +4,13 @@ It imports sympy and math-verify once and grades a few warm-up items, so that a 
 shares its memory.  It never grades itself, so it always notices when its parent goes: it then kills its workers.  A
 process of its own, started by exec, has no thread, lock, CUDA context or main module of the caller in it.
 
-Commands on its control socket are a letter and a number: `f` forks worker N on the socket that comes along, `k` kills it.
+Commands on its control socket are a letter and a number: `f` forks worker N on the socket that comes along, `k` kills
+it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import select
@@ -51,14 +53,12 @@ def main(control_fd: int, parent: int, memory_bytes: int, max_tasks: int, max_rs
 
 
 def warm_up() -> None:
-    """Load what grading loads lazily: grammars, regexes, solvers.  A failure here ends the nursery with its traceback."""
+    """Load what grading loads lazily: grammars, regexes, solvers.  A failure ends the nursery, with its traceback."""
     from rewards import symbolic
 
     for gold, answer in WARM_UP:
-        try:
+        with contextlib.suppress(symbolic.UnparseableError):
             symbolic.equal(gold, answer, 6)
-        except symbolic.UnparseableError:
-            pass
     symbolic.parse.cache_clear()
     gc.collect()
     gc.freeze()

@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rewards import wire
-from rewards.wire import COMMAND
 from rewards.strictness import MODES
+from rewards.wire import COMMAND
 
 GIB = 2**30
 START_SECONDS = 120.0  # importing sympy on a machine that is short of everything
@@ -94,6 +94,7 @@ class WorkerPool:
         self._nursery_lock = threading.Lock()
         self._nursery: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (the nursery's stderr, as long as the pool lives)
         self._numbers = 0
         self._threads: list[threading.Thread] = []
         self._closed = False
@@ -136,6 +137,7 @@ class WorkerPool:
                 except subprocess.TimeoutExpired:
                     self._nursery.kill()
                     self._nursery.wait()
+            self._errors.close()
 
     def abandon(self) -> None:
         """In a process forked from the owner: let go of its sockets, so that the owner's death is noticed."""
@@ -229,7 +231,8 @@ class WorkerPool:
         if self._control is not None:
             self._control.close()
         self._control, theirs = socket.socketpair()
-        self._errors = tempfile.TemporaryFile()
+        self._errors.seek(0)
+        self._errors.truncate()
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
             "SYMPY_GROUND_TYPES": "python",

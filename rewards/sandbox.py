@@ -1,4 +1,4 @@
-"""What a worker may not do: take more memory than its share, leave a core dump, write a file, open a socket, run a program.
+"""What a worker may not do: take over its share of memory, dump core, write a file, open a socket, run a program.
 
 Limits are POSIX; the system call filter and the death signal are Linux's, and need no privileges.  Nothing here
 protects against a hostile extension module; the verifier runs no model text as code, and this is the second wall.

@@ -1,7 +1,7 @@
 """The two grades of strictness, in one table: what pays in training, and what counts in an evaluation.
 
-Training pays a policy that looks for the cheapest way to a reward, so whatever is doubtful earns nothing.  An evaluation
-wants the fairest reading of an honest answer.
+Training pays a policy that looks for the cheapest way to a reward, so whatever is doubtful earns nothing.  An
+evaluation wants the fairest reading of an honest answer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ class Strictness:
     huge_numbers: bool  # an answer that passes through a number of over 20,000 bits is worked out, not refused
     min_rounded_digits: int  # a decimal may stand for a gold without end, rounded rightly to as many digits
     soft_cpu_seconds: float  # CPU time after which a worker gives an item up
-    hard_wall_seconds: float  # wall time after which the worker is killed; well above, so that a busy machine kills none
+    hard_wall_seconds: (
+        float  # wall time after which the worker is killed; well above, so that a busy machine kills none
+    )
 
 
 MODES = {

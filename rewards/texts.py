@@ -4,7 +4,30 @@ from __future__ import annotations
 
 import re
 
-FUNCTIONS = frozenset("sin cos tan cot sec csc log ln exp arcsin arccos arctan gcd lcm mod max min sinh cosh tanh".split())
+FUNCTIONS = frozenset(
+    [
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "log",
+        "ln",
+        "exp",
+        "arcsin",
+        "arccos",
+        "arctan",
+        "gcd",
+        "lcm",
+        "mod",
+        "max",
+        "min",
+        "sinh",
+        "cosh",
+        "tanh",
+    ]
+)
 TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 WORDS = re.compile(r"[A-Za-z][A-Za-z0-9' .,()&/-]*")
 CHOICE = re.compile(r"\(?([A-Za-z])\)")

@@ -17,10 +17,17 @@ UNITS: dict[str, tuple[str, Fraction]] = {
             "mi mile": "1609.344", "dm decimeter": "1/10", "nm nanometer": "1e-9",
         },
         "second": {
-            "s sec second": 1, "min minute": 60, "h hr hour": 3600, "day": 86400, "week": 604800, "ms millisecond": "1/1000",
+            "s sec second": 1, "min minute": 60, "h hr hour": 3600, "day": 86400, "week": 604800,
+            "ms millisecond": "1/1000",
         },
-        "gram": {"g gram": 1, "kg kilogram": 1000, "mg milligram": "1/1000", "lb pound": "453.59237", "oz ounce": "28.349523125"},
-        "litre": {"l liter litre": 1, "ml milliliter millilitre": "1/1000", "gallon gal": "3.785411784", "quart": "0.946352946"},
+        "gram": {
+            "g gram": 1, "kg kilogram": 1000, "mg milligram": "1/1000", "lb pound": "453.59237",
+            "oz ounce": "28.349523125",
+        },
+        "litre": {
+            "l liter litre": 1, "ml milliliter millilitre": "1/1000", "gallon gal": "3.785411784",
+            "quart": "0.946352946",
+        },
         "dollar": {"dollar usd $ buck": 1, "cent": "1/100"},
         "degree": {"degree deg": 1},
         "year": {"year yr": 12, "month": 1},
@@ -32,9 +39,58 @@ UNITS: dict[str, tuple[str, Fraction]] = {
 WORD_FORMS = {"feet": "foot", "inches": "inch", "pounds": "pound"}
 POWER_WORDS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 NOT_UNITS = frozenset(  # functions, and words that make a sentence of what would be a quantity
-    "sin cos tan cot sec csc log ln exp arcsin arccos arctan gcd lcm mod max min det or and if for but with where when is "
-    "are was be not no non isn wrong incorrect false right correct true maybe perhaps possibly either neither than answer "
-    "solution except unless instead then plus minus time".split()
+    [
+        *(
+            "sin",
+            "cos",
+            "tan",
+            "cot",
+            "sec",
+            "csc",
+            "log",
+            "ln",
+            "exp",
+            "arcsin",
+            "arccos",
+            "arctan",
+            "gcd",
+            "lcm",
+            "mod",
+        ),
+        *(
+            "max",
+            "min",
+            "det",
+            "or",
+            "and",
+            "if",
+            "for",
+            "but",
+            "with",
+            "where",
+            "when",
+            "is",
+            "are",
+            "was",
+            "be",
+            "not",
+        ),
+        *(
+            "no",
+            "non",
+            "isn",
+            "wrong",
+            "incorrect",
+            "false",
+            "right",
+            "correct",
+            "true",
+            "maybe",
+            "perhaps",
+            "possibly",
+        ),
+        *("either", "neither", "than", "answer", "solution", "except", "unless", "instead", "then", "plus", "minus"),
+    ]
 )
 
 CURRENCY = re.compile(r"^([+-]?)\s*(?:\\\$|£|€|¥|US\\\$|USD|Rs\.?)\s*(?=[\d.\\+-])")
@@ -42,7 +98,7 @@ DEGREES = re.compile(r"\s*\^\{\\circ\}\s*(?:\\text\{\s*[CF]\s*\}|[CF]\b)?$")
 PERCENT = re.compile(r"\s*\\%$")
 TEXT_TAIL = re.compile(
     r"(?<=[\d}!)\]A-Za-z])(?P<tail>(?:\s*(?:[*/]\s*)?\^?\{?\s*\\text\s*\{[^{}]*\}\s*\}?(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))?)+"
-    r"(?:\s*(?:[A-Za-z]{2,}\s*)+)?)$"
+    r"(?:\s*[A-Za-z]{2,}(?:\s+[A-Za-z]{2,}){0,3}\s*)?)$"
 )
 FRACTION_UNIT = re.compile(r"(?<=[\d}])(?P<tail>\s*\\frac\{\\text\{[^{}]*\}\}\{\\text\{[^{}]*\}(?:\^\{?\d\}?)?\})$")
 WORD_TAIL = re.compile(

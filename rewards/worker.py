@@ -1,4 +1,4 @@
-"""A worker: takes tasks from its socket, grades each under a CPU-time deadline, and answers.  Runs in `rewards.nursery`.
+"""A worker: takes tasks from its socket, grades each under a CPU-time deadline, and answers.  See `rewards.nursery`.
 
 CPU time, because on a busy machine a good answer may wait long for its turn: a wall clock here fails good items.
 """
@@ -45,7 +45,7 @@ class Deadline:
 
 
 def serve(connection: socket.socket, missing: str, max_tasks: int, max_rss_bytes: int) -> None:
-    """Grade until the caller closes the socket.  Every answer tells the memory in use and whether a successor is due."""
+    """Grade until the caller closes the socket.  An answer tells the memory in use and whether a successor is due."""
     sys.set_int_max_str_digits(MAX_INTEGER_DIGITS)
     sys.setrecursionlimit(RECURSION_LIMIT)
     deadline, done = Deadline(), 0
@@ -94,9 +94,7 @@ def judge(task: dict[str, Any]) -> tuple[str, str]:
     if task["answer"] is None:
         judgement = ladder.judge_gold(task["gold"], fallback)
     else:
-        judgement = ladder.judge_answer(
-            task["gold"], task["answer"], task["joined"], strictness, tolerance, fallback
-        )
+        judgement = ladder.judge_answer(task["gold"], task["answer"], task["joined"], strictness, tolerance, fallback)
     return judgement.status or "incorrect", judgement.decided_by
 
 

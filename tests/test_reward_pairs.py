@@ -10,8 +10,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-
 from generated_pairs import MAKERS, pairs
+
 from rewards import WorkerPool, grade
 from rewards.strictness import MODES
 
@@ -61,8 +61,29 @@ def test_every_kind_of_pair_is_made_of_both_truths():
 
 def test_equality_is_symmetric_where_neither_side_names_a_convention(pool):
     """Conventions are not: a base, a unit or a name may be left out of the answer, and not be added to it."""
-    kinds = {"fraction", "decimal", "mixed", "repeating", "scientific", "radical", "surd_sum", "pi_multiple", "polynomial"}
-    kinds |= {"tuple", "listing", "plus_minus", "interval", "half_line", "union", "matrix", "complex", "equation", "power"}
+    kinds = {
+        "fraction",
+        "decimal",
+        "mixed",
+        "repeating",
+        "scientific",
+        "radical",
+        "surd_sum",
+        "pi_multiple",
+        "polynomial",
+    }
+    kinds |= {
+        "tuple",
+        "listing",
+        "plus_minus",
+        "interval",
+        "half_line",
+        "union",
+        "matrix",
+        "complex",
+        "equation",
+        "power",
+    }
     kinds |= {"binomial", "exponential", "function", "words", "choice", "integer", "money"}
     made = [pair for pair in pairs(11, per_maker=2) if pair.kind in kinds]
     forth = grade([(boxed(pair.answer), pair.gold) for pair in made], pool=pool)
@@ -77,7 +98,11 @@ def right_rewrites(gold):
     yield gold.replace(r"\frac", r"\dfrac")
     yield gold.replace(r"\frac", r"\tfrac")
     yield gold.replace("(", r"\left(").replace(")", r"\right)") if "[" not in gold and "]" not in gold else gold
-    yield gold.replace(r"\sqrt", r"{\sqrt").replace("}", "}}", 1) if gold.count(r"\sqrt{") == gold.count("}") == 1 else gold
+    yield (
+        gold.replace(r"\sqrt", r"{\sqrt").replace("}", "}}", 1)
+        if gold.count(r"\sqrt{") == gold.count("}") == 1
+        else gold
+    )
     yield rf"\boxed{{{gold}}}"
     yield rf"\mathbf{{{gold}}}"
     yield rf"{{\bf {gold}}}"
@@ -85,12 +110,23 @@ def right_rewrites(gold):
 
 def wrong_rewrites(gold):
     """What is certainly something else."""
-    yield from (f"{gold}, 7919", r"\text{something else}", rf"{gold} + 7919", rf"\left({gold}\right)^{{7919}} + \pi", "7919", "")
+    yield from (
+        f"{gold}, 7919",
+        r"\text{something else}",
+        rf"{gold} + 7919",
+        rf"\left({gold}\right)^{{7919}} + \pi",
+        "7919",
+        "",
+    )
 
 
 def test_writing_an_answer_otherwise_keeps_the_verdict_and_changing_it_flips_it(pool):
-    golds = sorted({pair.gold for pair in pairs(21, per_maker=2) if pair.kind not in ("words", "choice", "thousands", "money")})
-    cases = [(g, a, True) for g in golds for a in right_rewrites(g)] + [(g, a, False) for g in golds for a in wrong_rewrites(g)]
+    golds = sorted(
+        {pair.gold for pair in pairs(21, per_maker=2) if pair.kind not in ("words", "choice", "thousands", "money")}
+    )
+    cases = [(g, a, True) for g in golds for a in right_rewrites(g)] + [
+        (g, a, False) for g in golds for a in wrong_rewrites(g)
+    ]
     results = grade([(boxed(answer), gold) for gold, answer, _ in cases], pool=pool)
     wrong = [(case, result.status) for case, result in zip(cases, results, strict=True) if result.correct != case[2]]
     assert wrong == []
@@ -103,8 +139,10 @@ HACKS = [
     *((rf"\boxed{{{answer}}}", "7", False, "") for answer in (
         "1,2,3,4,5,6,7,8,9,10", r"\{1,2,3,4,5,6,7\}", "[0,10]", r"(-\infty,\infty)", r"\mathbb R", "x", r"\pm7", "6, 7",
         r"7 \text{ or } 8", "3=7", "1=2=3=4=5=6=7", "2x+1=7", "7=7", "700", "0.07", r"700\%", "7.0000001", "7x", "7+C",
-        r"\text{7 or not}", "x=x", r"7 \ne 8", r"7 \le 7", r"x \le 7", r"\text{the answer}", "7 = 3 + 5", "n", "7 or 7.5",
-        r"\sum_{k=1}^{7} 1", r"\lim_{x\to 7} x", r"\int_0^7 dx", r"\text{not } 7", r"7 \text{ is wrong}", "(7,7)", "7^{n}",
+        r"\text{7 or not}", "x=x", r"7 \ne 8", r"7 \le 7", r"x \le 7", r"\text{the answer}", "7 = 3 + 5", "n",
+        "7 or 7.5",
+        r"\sum_{k=1}^{7} 1", r"\lim_{x\to 7} x", r"\int_0^7 dx", r"\text{not } 7", r"7 \text{ is wrong}", "(7,7)",
+        "7^{n}",
     )),
     (r"<think>\boxed{7}</think> \boxed{8}", "7", False, ""),
     (r"<think>\boxed{7}</think> no box", "7", False, ""),
@@ -127,7 +165,7 @@ HACKS = [
     (r"\boxed{1.7\times10^{-19}}", r"1.6\times10^{-19}", False, ""),
     (r"\boxed{1:3:2}", "1:2:3", False, ""),
     (r"\boxed{\{1,2\}}", "(1,2)", False, ""),
-    (r"\boxed{7} is wrong, the answer is 8", "7", True, "what follows the box is not read: a reader of prose can be fooled"),
+    (r"\boxed{7} is wrong, the answer is 8", "7", True, "what follows the box is not read, for prose misleads"),
     (r"\boxed{2+5}", "7", True, "an arithmetic expression of numbers has its value, as 10^2 and 6! have"),
     (r"\boxed{3+4=7}", "7", True, "a true equation of which both sides are the answer"),
     (r"\boxed{a+b=7}", "7", True, "the left side names what is asked for, as x = 7 does"),
@@ -189,7 +227,9 @@ def bare(text):
 
 
 def is_prose(text):
-    words = [word for word in text.replace(r"\text", " ").split() if word.isalpha() and word.islower() and len(word) > 2]
+    words = [
+        word for word in text.replace(r"\text", " ").split() if word.isalpha() and word.islower() and len(word) > 2
+    ]
     capitalised = text.split(" ")[0].isalpha() and text[:1].isupper() and " $" in text + " $"[: 2 * (" \\" in text)]
     return len(text) > 160 or len(words) > 1 or (capitalised and len(text.split()) > 1)
 
@@ -197,13 +237,25 @@ def is_prose(text):
 def math_verify_triples(folder):
     """(gold, answer, expected) of the parametrised tests in Math-Verify's source distribution."""
     version = metadata.version("math-verify")
-    command = ["pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", str(folder), f"math-verify=={version}"]
+    command = [
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--no-binary",
+        ":all:",
+        "--dest",
+        str(folder),
+        f"math-verify=={version}",
+    ]
     done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=300)
     archives = list(folder.glob("*.tar.gz"))
     if done.returncode or not archives:
         pytest.skip(f"math-verify's source distribution cannot be downloaded: {done.stderr.strip()[-200:]}")
     with tarfile.open(archives[0]) as archive:
-        sources = [archive.extractfile(m) for m in archive.getmembers() if "/tests/" in m.name and m.name.endswith(".py")]
+        sources = [
+            archive.extractfile(m) for m in archive.getmembers() if "/tests/" in m.name and m.name.endswith(".py")
+        ]
         trees = [ast.parse(io.TextIOWrapper(source, encoding="utf-8").read()) for source in sources if source]
     for tree in trees:
         for node in ast.walk(tree):
@@ -219,9 +271,9 @@ def literal_rows(rows):
             value = ast.literal_eval(row)
         except ValueError:
             continue
-        if isinstance(value, tuple) and len(value) >= 3 and [type(part) for part in value[:2]] == [str, str]:
-            if value[2] in (0, 1):
-                yield value[0], value[1], bool(value[2])
+        texts = isinstance(value, tuple) and len(value) >= 3 and [type(part) for part in value[:2]] == [str, str]
+        if texts and value[2] in (0, 1):
+            yield value[0], value[1], bool(value[2])
 
 
 @pytest.mark.slow

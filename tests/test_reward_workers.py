@@ -64,7 +64,9 @@ def test_an_answer_that_never_ends_costs_one_item_and_no_worker(pool):
 
 def test_a_worker_stuck_in_c_is_killed_at_the_wall_deadline_and_the_rest_goes_on(pool, monkeypatch):
     """A stopped process stands for a C loop that looks at no signal."""
-    monkeypatch.setitem(MODES, "training", MODES["training"].__class__(**vars(MODES["training"]) | {"hard_wall_seconds": 1.0}))
+    monkeypatch.setitem(
+        MODES, "training", MODES["training"].__class__(**vars(MODES["training"]) | {"hard_wall_seconds": 1.0})
+    )
     grade(SYMBOLIC[:2], pool=pool)
     stopped = pool.process_ids[0]
     os.kill(stopped, signal.SIGSTOP)
@@ -168,9 +170,9 @@ def test_a_worker_has_no_core_dump_no_file_and_python_integers(pool):
     nursery, workers = worker_processes(pool)
     assert nursery.environ()["SYMPY_GROUND_TYPES"] == "python"
     assert nursery.environ()["CUDA_VISIBLE_DEVICES"] == ""
-    for worker in workers:
-        assert worker.rlimit(psutil.RLIMIT_CORE) == (0, 0)
-        assert worker.rlimit(psutil.RLIMIT_FSIZE) == (0, 0)
+    for process in workers:
+        assert process.rlimit(psutil.RLIMIT_CORE) == (0, 0)
+        assert process.rlimit(psutil.RLIMIT_FSIZE) == (0, 0)
 
 
 def test_a_worker_is_replaced_after_its_share_of_items():
@@ -203,7 +205,9 @@ def test_one_golds_answers_go_to_one_worker(pool):
 def test_the_callers_signal_handlers_and_alarm_stay_untouched(pool):
     fired = []
     previous = signal.signal(signal.SIGALRM, lambda *_: fired.append(True))
-    handlers = {number: signal.getsignal(number) for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}}
+    handlers = {
+        number: signal.getsignal(number) for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
+    }
     signal.setitimer(signal.ITIMER_REAL, 0.3)
     try:
         grade([(SLOW_SUM, r"\ln 5"), *SYMBOLIC], pool=pool)
@@ -215,7 +219,9 @@ def test_the_callers_signal_handlers_and_alarm_stay_untouched(pool):
 
 def test_a_budget_bounds_the_caller(pool):
     started = time.monotonic()
-    results = grade([(SLOW_SUM, rf"\ln {k}") for k in range(5, 15)] + [(r"\boxed{1}", "1")], budget_seconds=0.5, pool=pool)
+    results = grade(
+        [(SLOW_SUM, rf"\ln {k}") for k in range(5, 15)] + [(r"\boxed{1}", "1")], budget_seconds=0.5, pool=pool
+    )
     assert time.monotonic() - started < 2
     assert {result.status for result in results[:-1]} == {"timeout"}
     assert results[-1].correct
@@ -359,7 +365,14 @@ def test_the_hostile_file_between_good_items(mode):
     for index, (_, completion, row) in enumerate(rows):
         items.append(Item(completion, row["gold"]))
         good.append(len(items))
-        items.append(Item(*[(rf"\boxed{{{index + 2}\ln 2}}", rf"\ln {2 ** (index + 2)}"), (rf"\boxed{{{index}/7}}", f"{2 * index}/14")][index % 2]))
+        items.append(
+            Item(
+                *[
+                    (rf"\boxed{{{index + 2}\ln 2}}", rf"\ln {2 ** (index + 2)}"),
+                    (rf"\boxed{{{index}/7}}", f"{2 * index}/14"),
+                ][index % 2]
+            )
+        )
     pool, stalls, box = WorkerPool(2), [], []
     thread = threading.Thread(target=lambda: box.append(grade(items, mode=mode, pool=pool)))
     thread.start()
@@ -370,11 +383,16 @@ def test_the_hostile_file_between_good_items(mode):
     pool.close()
     [results] = box
     assert all(results[index].correct for index in good)
-    rewarded = [note for (note, _, row), r in zip(rows, results[::2], strict=True) if row["expected"] is False and r.correct]
+    rewarded = [
+        note for (note, _, row), r in zip(rows, results[::2], strict=True) if row["expected"] is False and r.correct
+    ]
     assert rewarded == []
     assert max(result.seconds for result in results) < MODES[mode].hard_wall_seconds + 1
     assert pool.counters.rss_bytes < 2**30
-    print(f"\n{mode}: worst item {max(r.seconds for r in results):.1f} s, longest stall {max(stalls):.3f} s, {pool.counters}")
+    print(
+        f"\n{mode}: worst item {max(r.seconds for r in results):.1f} s, longest stall {max(stalls):.3f} s, "
+        f"{pool.counters}"
+    )
 
 
 @pytest.mark.slow

@@ -14,7 +14,6 @@ import rewards
 from rewards import (
     boxed_format_reward,
     completion_text,
-    extract,
     grade,
     health,
     last_boxed,
@@ -24,6 +23,7 @@ from rewards import (
     think_format_reward,
 )
 from rewards.__main__ import main
+from rewards.extract import extract
 from rewards.result import Result
 
 FORBIDDEN = ("torch", "sympy", "fura_rl", "math_verify", "numpy", "transformers")
@@ -252,7 +252,13 @@ def test_think_format_reward_is_trls():
     from trl.rewards import think_format_reward as theirs
 
     texts = ["<think>\na\n</think>\nb", "<think>a", "<think></think>", "x<think>a</think>", "<think>a<think>b</think>"]
-    texts += ["<think>a</think></think>", "\n<think>a</think>", "</think><think>", "<think>a</think><think>b</think>", ""]
+    texts += [
+        "<think>a</think></think>",
+        "\n<think>a</think>",
+        "</think><think>",
+        "<think>a</think><think>b</think>",
+        "",
+    ]
     assert think_format_reward(texts) == theirs([[{"content": text}] for text in texts])
 
 
