@@ -123,7 +123,7 @@ class Comparison:
             return False
         if len(gold.items) != len(answer.items):
             return False
-        return every(self.match(g, a) for g, a in zip(gold.items, answer.items, strict=True))
+        return every(self.match(g, a) for g, a in zip(in_axis_order(gold), in_axis_order(answer), strict=True))
 
     def single(self, gold: Shape, answer: Shape) -> bool | None:
         """A set of one thing, written with or without its braces."""
@@ -289,6 +289,14 @@ def as_relation(assignment: Assignment) -> Relation | None:
     if isinstance(assignment.value, Leaf):
         return Relation((assignment.name, assignment.value.text), ("=",))
     return None
+
+
+def in_axis_order(shape: Collection | Ordered) -> tuple[Shape, ...]:
+    """`y = 2, x = 1` as the point (1, 2); other names stay in the order they are given."""
+    items = shape.items
+    if all(isinstance(item, Assignment) and item.name in ("x", "y", "z") for item in items):
+        return tuple(sorted(items, key=lambda item: item.name))
+    return items
 
 
 def squeezed(relation: Relation) -> list[str]:

@@ -51,13 +51,15 @@ SYNONYMS = {
     **dict.fromkeys(("quad", "qquad", "thinspace", "enspace", "medspace", "hfill", "strut", "therefore"), " "),
     **dict.fromkeys(("left", "right", "middle", "big", "Big", "bigg", "Bigg", "bigl", "bigr", "Bigl", "Bigr"), ""),
     **dict.fromkeys(("biggl", "biggr", "Biggl", "Biggr", "mleft", "mright"), ""),
-    "lt": "<", "gt": ">", "div": "/", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]",
+    "lg": r"\log_{10}", "lt": "<", "gt": ">", "div": "/", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]",
     "degree": r"^{\circ}", "infin": r"\infty ", "to": r"\to ", "rightarrow": r"\to ", "implies": r"\Rightarrow ",
     "bar": r"\overline", "percent": r"\%", "arctan": r"\arctan ", "imath": "i", "lparen": "(", "rparen": ")",
 }  # fmt: skip
 COMMAND = re.compile(r"\\\\|\\([A-Za-z]+)(?:(?<=operatorname)\*)?|\\[,;:!> ]|\\[()\[\]]|(?<!\\)\$|~|&nbsp;")
 THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\s*\\!|\\[,;:! ]|~|\\thinspace\b)\s*(?=\d{3}(?!\d))")
 SPACED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d])")
+BARE_NAMES = {"pi": "pi", "Pi": "pi", "theta": "theta", "infinity": "infty", "infty": "infty"}
+BARE_NAME = re.compile(r"(?<![\\A-Za-z])(?:pi|Pi|theta|infinity|infty)(?![A-Za-z])")
 ASCII_RELATIONS = {"<=": r"\le ", ">=": r"\ge ", "!=": r"\ne ", "=<": r"\le ", "=>": r"\Rightarrow ", "==": "="}
 ASCII_RELATION = re.compile(r"<=|>=|(?<![0-9)}])!=|=<|=>|==")
 OLD_FONT = re.compile(r"\{\\(bf|rm|it|sf|tt|cal)\s+")
@@ -118,6 +120,7 @@ def normalise(text: str) -> str:
     if any(mark in text for mark in ("\\", "$", "%", "~", "{,}")):
         text = replace_commands(text)
     text = TEXT_PERCENT.sub(r"\\%", text) if "%" in text or "cent" in text or "pct" in text else text
+    text = BARE_NAME.sub(lambda match: rf"\{BARE_NAMES[match.group()]} ", text)
     text = ASCII_RELATION.sub(lambda match: ASCII_RELATIONS[match.group()], text)
     text = SPACED_THOUSANDS.sub(lambda match: match.group().replace(" ", ""), text.replace("**", " "))
     return unwrap(SPACE.sub(" ", text))

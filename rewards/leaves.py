@@ -22,6 +22,7 @@ DECIMAL = re.compile(
     r"([+-]?)\s*(\d[\d,]*\.\d+|\.\d+|\d+\.\d*)\s*(?:\*\s*10\s*\^\s*\{?\s*(-?\d{1,4})\s*\}?|[eE]([+-]?\d{1,4}))?"
 )
 UNEVALUATED = re.compile(r"\\(?:sum|prod|int|iint|iiint|oint|lim)(?![A-Za-z])")
+EATEN = re.compile(r"(?<![A-Za-z}\d])\d+\s*_|\\%")  # math-verify drops a base, and a percent sign that is left over
 CAPITAL = re.compile(r"\\[A-Za-z]+|[A-Z]")
 
 
@@ -40,6 +41,8 @@ def same_leaf(gold: Leaf, answer: Leaf, strictness: Strictness, tolerance: float
         return False
     if identity and squeeze(gold.text) == squeeze(answer.text) and gold.text and factor == 1:
         return evaluate(gold.text) is not UNDEFINED
+    if EATEN.search(gold.text) or EATEN.search(answer.text):
+        return False
     return same_value(gold, answer, factor, strictness, tolerance)
 
 

@@ -66,9 +66,13 @@ WITHOUT = re.compile(r"(?:\\mathbb\{R\})\s*(?:\\setminus|\\backslash|-)\s*\\\{(.
 BASED = re.compile(r"([0-9A-Fa-f]*\d[0-9A-Fa-f]*|[A-F]+)\s*_\s*\{?\s*(?:\\text\s*\{\s*)?(\d{1,2}|[a-z]+)\s*\}?\s*\}?")
 RATIO = re.compile(r"[^:]{1,40}(?::[^:]{1,40}){1,5}")
 HALF_DAY = re.compile(r"\s*(?:\\text\s*\{)?\s*([ap])\.?\s?m\.?,?\s*\}?$", re.IGNORECASE)
+ABSOLUTE = re.compile(r"\|\s*([A-Za-z])\s*\|")
+LETTER_LIST = re.compile(r"[A-Z](?:\s*(?:,|and|,\s*and)\s*[A-Z])+")
 PLAIN_WORD = re.compile(r"[A-Za-z]{4,}")  # a word, not a product of letters
 MEANING = re.compile(r"[^\W_]")  # without a letter or a digit nothing is said
-CHOICE = re.compile(r"(?:\\text\s*\{)?\s*\(([A-Z])\)\s*\}?\s*[:.]?\s*(\S.*)", re.DOTALL)
+CHOICE = re.compile(
+    r"(?:\\text\s*\{)?\s*(?:\(([A-Z])\)\s*\}?\s*[:.]?|([A-Z])(?:\)|\.(?=\s))\s*\}?)\s*(\S.*)", re.DOTALL
+)
 
 
 @functools.lru_cache(maxsize=8_192)
@@ -82,8 +86,8 @@ def readings(text: str) -> tuple[Shape, ...]:
         return ()
     found: list[Shape | None] = []
     choice = CHOICE.fullmatch(text)
-    if choice and not re.match(r"[-+*/^,}]", choice.group(2)):
-        found += [Text(choice.group(1).lower()), read(choice.group(2))]
+    if choice and not re.match(r"[-+*/^,}=<>]", choice.group(3)):
+        found += [Text((choice.group(1) or choice.group(2)).lower()), read(choice.group(3))]
     if re.fullmatch(
         r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?:\s*(?:\\%|\\text\s*\{[^{}]*\}))?|\\\$\s*\d{1,3}(,\d{3})+(\.\d+)?", text
     ):
@@ -94,8 +98,10 @@ def readings(text: str) -> tuple[Shape, ...]:
     else:
         words = as_text(text)
         found += [Text(words)] if words else []
-        if not (words and PLAIN_WORD.fullmatch(text)):
-            found.append(read(text) if MEANING.search(text) else None)
+        if text.lower() in NUMBER_WORDS:
+            found.append(Leaf(NUMBER_WORDS[text.lower()]))
+        elif not (words and PLAIN_WORD.fullmatch(text)):
+            found.append(read(text) if MEANING.search(text) or as_constant(text) else None)
     return tuple(dict.fromkeys(shape for shape in found if shape is not None))
 
 
@@ -123,7 +129,7 @@ def read_constant(text: str, nesting: int) -> Shape | None:
     content = inner.group(1).strip()
     if content.lower() in NUMBER_WORDS:
         return Leaf(NUMBER_WORDS[content.lower()])
-    if re.search(r"\d", content) or len(content) == 1:
+    if re.search(r"\d|\\infty", content) or len(content) == 1 or LETTER_LIST.fullmatch(content):
         return read(normalise(content), nesting + 1)
     words = as_text(text)
     return Text(words) if words else None
@@ -243,7 +249,11 @@ def solve_linear(sides: tuple[str, ...], sign: str) -> tuple[tuple[str, ...], st
 
 
 def read_inequality(sides: tuple[str, ...], signs: tuple[str, ...], nesting: int) -> Shape | None:
-    """`0 <= x < 1` and `x >= 3` as intervals; other inequalities stay relations."""
+    """`0 <= x < 1`, `x >= 3` and `|x| < 2` as intervals; other inequalities stay relations."""
+    distance = ABSOLUTE.fullmatch(sides[0])
+    if distance and len(sides) == 2 and signs[0] in ("<", r"\le"):
+        bound = sides[1]
+        return read_inequality((f"-({bound})", distance.group(1), bound), (signs[0], signs[0]), nesting)
     if len(sides) == 2 and not (is_name(sides[0]) or is_name(sides[1])):
         sides, sign = solve_linear(sides, signs[0])
         signs = (sign,)

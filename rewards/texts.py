@@ -41,14 +41,13 @@ CONSTANTS = {
     "realnumber": r"\mathbb{R}",
     "infinity": r"\infty",
 }
-# Words for one answer: the key is the canonical form.
-SAME_WORDS = {
-    "nosolution": ("nosolutions", "nosolutionexists", "therearenosolutions", "thereisnosolution"),
-    "doesnotexist": ("dne",),
-    "undefined": ("notdefined",),
-    "infinitelymany": ("infinitelymanysolution",),
-}
-CANONICAL_WORDS = {other: words for words, others in SAME_WORDS.items() for other in others}
+# Words for one answer, by the first of them.
+SAME_WORDS = (
+    ("no solution", "no solution exists", "there are no solutions", "there is no solution"),
+    ("does not exist", "DNE"),
+    ("undefined", "not defined"),
+    ("infinitely many", "infinitely many solutions"),
+)
 
 
 def as_text(text: str) -> str | None:
@@ -78,6 +77,10 @@ def canonical_words(text: str) -> str:
     singular = [word.removesuffix("s") if len(word) > 3 and not word.endswith("ss") else word for word in words]
     joined = "".join(singular)
     return CANONICAL_WORDS.get(joined, joined)
+
+
+CANONICAL_WORDS: dict[str, str] = {}
+CANONICAL_WORDS |= {canonical_words(other): canonical_words(same[0]) for same in SAME_WORDS for other in same[1:]}
 
 
 def as_constant(text: str) -> str | None:

@@ -37,6 +37,7 @@ UNITS: dict[str, tuple[str, Fraction]] = {
     for name in names.split()
 }  # fmt: skip
 WORD_FORMS = {"feet": "foot", "inches": "inch", "pounds": "pound"}
+SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 POWER_WORDS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 NOT_UNITS = frozenset(  # functions, and words that make a sentence of what would be a quantity
     [
@@ -105,6 +106,7 @@ WORD_TAIL = re.compile(
     r"(?<=[\d})\]])(?P<tail>\s*(?:[A-Za-z]{2,}\.?(?:[ /-]+|$)){0,4}(?:[A-Za-z]{2,}\.?|[A-Za-z]{2,}/[a-z]{1,3})"
     r"(?:\s*\^\s*(?:\{\s*\d\s*\}|\d))?)$"
 )
+FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")  # its argument keeps its degrees
 POWER = re.compile(r"\^\s*\{?\s*(-?\d)\s*\}?")
 
 
@@ -127,15 +129,21 @@ def split_unit(text: str) -> Quantity:
         return Quantity(text.removesuffix(r"\$").removesuffix("€").strip(), "dollar")
     for pattern, unit in ((PERCENT, "%"), (DEGREES, "degree")):
         number = pattern.sub("", text)
-        if number != text and number.strip():
+        if number != text and number.strip() and not FUNCTION.search(number):
             return Quantity(number.strip(), unit)
-    for pattern in (TEXT_TAIL, FRACTION_UNIT, WORD_TAIL):
+    for pattern in (FRACTION_UNIT, TEXT_TAIL, WORD_TAIL):
         match = pattern.search(text)
         if match and looks_numeric(text[: match.start("tail")]):
             unit = unit_name(match.group("tail"))
             if unit is not None:
-                return Quantity(text[: match.start("tail")].strip(), unit)
+                return scaled(text[: match.start("tail")].strip(), unit)
     return Quantity(text)
+
+
+def scaled(number: str, unit: str) -> Quantity:
+    """`5 million people` as 5000000 people: a word for a number is no unit."""
+    first, _, rest = unit.partition(" ")
+    return scaled(f"({number})*{SCALES[first]}", rest) if first in SCALES else Quantity(number, unit)
 
 
 def looks_numeric(text: str) -> bool:
@@ -151,8 +159,8 @@ def unit_name(tail: str) -> str | None:
     names = [singular(word) for word in re.findall(r"[a-z$°]+", words)]
     if not names or any(name in NOT_UNITS for name in names) or any(re.search(r"\d", part) for part in words.split()):
         return None
-    if names in (["th"], ["st"], ["nd"], ["rd"]):
-        return ""
+    if names[0] in ("th", "st", "nd", "rd"):
+        return "" if len(names) == 1 else None
     power = max([int(p) for p in powers] + [POWER_WORDS[n] for n in names if n in POWER_WORDS] + [1])
     names = [name for name in names if name not in POWER_WORDS]
     return " ".join(names) + (f"^{power}" if power > 1 else "")

@@ -407,7 +407,7 @@ def test_memory_stays_flat_over_20000_items():
                 if index % 4:
                     items.append((rf"so \boxed{{\frac{{{index}}}{{7}}+x^{index % 9}}}", f"x^{index % 9}+{index}/7"))
                 else:
-                    items.append((rf"so \boxed{{{index + 2}^{{n}}+1}}", f"1+{index + 2}^n"))
+                    items.append((rf"so \boxed{{\ln {index + 2}+x}}", rf"x+\ln {index + 2}"))
             assert all(result.correct for result in grade(items, pool=pool))
             workers = sum(process.memory_info().rss for process in worker_processes(pool)[1])
             sizes.append((me.memory_info().rss / 2**20, workers / 2**20))
