@@ -51,7 +51,8 @@ SYNONYMS = {
     **dict.fromkeys(("quad", "qquad", "thinspace", "enspace", "medspace", "hfill", "strut", "therefore"), " "),
     **dict.fromkeys(("left", "right", "middle", "big", "Big", "bigg", "Bigg", "bigl", "bigr", "Bigl", "Bigr"), ""),
     **dict.fromkeys(("biggl", "biggr", "Biggl", "Biggr", "mleft", "mright"), ""),
-    "lg": r"\log_{10}", "lt": "<", "gt": ">", "div": "/", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]",
+    "lg": r"\log_{10}", "lt": "<", "gt": ">", "div": "/", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[",
+    "rbrack": "]",
     "degree": r"^{\circ}", "infin": r"\infty ", "to": r"\to ", "rightarrow": r"\to ", "implies": r"\Rightarrow ",
     "bar": r"\overline", "percent": r"\%", "arctan": r"\arctan ", "imath": "i", "lparen": "(", "rparen": ")",
 }  # fmt: skip
@@ -60,8 +61,8 @@ THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\s*\\!|\\[,;:! ]|~|\\thinspace\b)\s*(?
 SPACED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d])")
 BARE_NAMES = {"pi": "pi", "Pi": "pi", "theta": "theta", "infinity": "infty", "infty": "infty"}
 BARE_NAME = re.compile(r"(?<![\\A-Za-z])(?:pi|Pi|theta|infinity|infty)(?![A-Za-z])")
-ASCII_RELATIONS = {"<=": r"\le ", ">=": r"\ge ", "!=": r"\ne ", "=<": r"\le ", "=>": r"\Rightarrow ", "==": "="}
-ASCII_RELATION = re.compile(r"<=|>=|(?<![0-9)}])!=|=<|=>|==")
+ASCII_RELATIONS = {"<=": r"\le ", ">=": r"\ge ", "!=": r"\ne ", "=<": r"\le ", "==": "="}
+ASCII_RELATION = re.compile(r"<=|>=|(?<![0-9)}])!=|=<|==")
 OLD_FONT = re.compile(r"\{\\(bf|rm|it|sf|tt|cal)\s+")
 DROPPED_ARGUMENT = re.compile(r"\\(?:tag|phantom|hphantom|vphantom|label|hspace\*?|vspace\*?|color)\s*\{[^{}]*\}")
 COLOURED = re.compile(r"\\textcolor\s*\{[^{}]*\}")

@@ -252,31 +252,39 @@ def read_inequality(sides: tuple[str, ...], signs: tuple[str, ...], nesting: int
     """`0 <= x < 1`, `x >= 3` and `|x| < 2` as intervals; other inequalities stay relations."""
     distance = ABSOLUTE.fullmatch(sides[0])
     if distance and len(sides) == 2 and signs[0] in ("<", r"\le"):
-        bound = sides[1]
-        return read_inequality((f"-({bound})", distance.group(1), bound), (signs[0], signs[0]), nesting)
-    if len(sides) == 2 and not (is_name(sides[0]) or is_name(sides[1])):
-        sides, sign = solve_linear(sides, signs[0])
-        signs = (sign,)
-    if len(sides) == 2 and is_name(sides[1]) and not is_name(sides[0]) and signs[0] in FLIPPED:
-        sides, signs = sides[::-1], (FLIPPED[signs[0]],)
-    if len(sides) == 2 and is_name(sides[0]) and not is_name(sides[1]):
-        bound = read(sides[1], nesting + 1)
-        name = canonical_name(sides[0])
-        if not isinstance(bound, Leaf):
-            return Relation(sides, signs)
-        if signs[0] in ("<", r"\le"):
-            return Ordered("(", (INFINITE["-"], bound), ")" if signs[0] == "<" else "]", name)
-        if signs[0] in (">", r"\ge"):
-            return Ordered("(" if signs[0] == ">" else "[", (bound, INFINITE["+"]), ")", name)
-        return all_but(bound) if signs[0] == r"\ne" else Relation(sides, signs)
-    if len(sides) == 3 and set(signs) <= {">", r"\ge"}:
+        sides, signs = (f"-({sides[1]})", distance.group(1), sides[1]), signs * 2
+    shape = half_line(sides, signs[0], nesting) if len(sides) == 2 else between(sides, signs, nesting)
+    return shape or Relation(sides, signs)
+
+
+def half_line(sides: tuple[str, ...], sign: str, nesting: int) -> Shape | None:
+    """`x < b`, `b > x`, `2x < 2b`, `x != b`; None for anything but a name and a bound."""
+    if not (is_name(sides[0]) or is_name(sides[1])):
+        sides, sign = solve_linear(sides, sign)
+    if is_name(sides[1]) and not is_name(sides[0]) and sign in FLIPPED:
+        sides, sign = sides[::-1], FLIPPED[sign]
+    bound = read(sides[1], nesting + 1)
+    if not is_name(sides[0]) or is_name(sides[1]) or not isinstance(bound, Leaf):
+        return None
+    name = canonical_name(sides[0])
+    if sign in ("<", r"\le"):
+        return Ordered("(", (INFINITE["-"], bound), ")" if sign == "<" else "]", name)
+    if sign in (">", r"\ge"):
+        return Ordered("(" if sign == ">" else "[", (bound, INFINITE["+"]), ")", name)
+    return all_but(bound) if sign == r"\ne" else None
+
+
+def between(sides: tuple[str, ...], signs: tuple[str, ...], nesting: int) -> Shape | None:
+    """`a <= x < b`, in either direction; None for anything but a name between two bounds."""
+    if set(signs) <= {">", r"\ge"}:
         sides, signs = sides[::-1], tuple(FLIPPED[sign] for sign in signs[::-1])
-    if len(sides) == 3 and set(signs) <= {"<", r"\le"} and is_name(sides[1]):
-        low, high = read(sides[0], nesting + 1), read(sides[2], nesting + 1)
-        if isinstance(low, Leaf) and isinstance(high, Leaf):
-            brackets = "(" if signs[0] == "<" else "[", ")" if signs[1] == "<" else "]"
-            return Ordered(brackets[0], (low, high), brackets[1], canonical_name(sides[1]))
-    return Relation(sides, signs)
+    if len(sides) != 3 or not set(signs) <= {"<", r"\le"} or not is_name(sides[1]):
+        return None
+    low, high = read(sides[0], nesting + 1), read(sides[2], nesting + 1)
+    if not isinstance(low, Leaf) or not isinstance(high, Leaf):
+        return None
+    brackets = "(" if signs[0] == "<" else "[", ")" if signs[1] == "<" else "]"
+    return Ordered(brackets[0], (low, high), brackets[1], canonical_name(sides[1]))
 
 
 def is_name(side: str) -> bool:

@@ -32,10 +32,11 @@ FRAGMENTS = [
     "\u0301", "\u200b",
     "\ud800", "\x00", r"\ldots", r"\sum", r"\int_0^1", r"\log_2", r"\sin", r"\mathbb{R}", r"\approx", "am", "or",
     "and", "no", "A", "(C)",
-    r"\langle", r"\rangle", r"\setminus", r"\mid", r"\displaystyle", r"{\bf", r"\tag{1}", "\n", "~", r"\cdot", "__import__('os')",
+    r"\langle", r"\rangle", r"\setminus", r"\mid", r"\displaystyle", r"{\bf", r"\tag{1}", "\n", "~", r"\cdot",
+    "__import__('os')",
 ]  # fmt: skip
 latex = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=3), max_size=30).map("".join)
-unhurried = settings(deadline=2_000, max_examples=300, suppress_health_check=list(HealthCheck), derandomize=True)
+unhurried = settings(deadline=2_000, max_examples=150, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 @unhurried
@@ -74,7 +75,7 @@ def test_what_is_readable_equals_itself(text):
         assert judge_answer(text, text, None, MODES["training"]).status in ("correct", None, "incorrect", "unparseable")
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(deadline=None, max_examples=30, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(st.lists(st.tuples(latex, latex), min_size=20, max_size=20))
 def test_workers_answer_every_text(fuzz_pool, texts):
     results = grade([(rf"\boxed{{{answer}}}", gold) for answer, gold in texts], pool=fuzz_pool)
