@@ -7,6 +7,7 @@ goes to the workers, one gold's answers to one worker.  Verdicts are remembered 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import concurrent.futures
 import os
 import threading
@@ -93,6 +94,7 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+atexit.register(close_workers)
 
 
 @dataclass

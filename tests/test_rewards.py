@@ -4,9 +4,12 @@ import asyncio
 import inspect
 import json
 import logging
+import os
 import pickle
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -345,3 +348,16 @@ def test_the_command_line_explains_a_bad_file(tmp_path, capsys, content):
     path.write_text(content)
     assert main(["grade", str(path)]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_the_package_installs_alone_and_grades_there(tmp_path):
+    source, target = tmp_path / "rewards", tmp_path / "site"
+    shutil.copytree(Path(rewards.__file__).parent, source, ignore=shutil.ignore_patterns("__pycache__"))
+    install = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--target", str(target), str(source)]
+    subprocess.run([sys.executable, "-m", "pip", *install], check=True)
+    code = r"import rewards; print(rewards.__file__, rewards.grade([(r'\boxed{3\ln 2}', r'\ln 8')])[0].status)"
+    environment = {**os.environ, "PYTHONPATH": str(target)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment, cwd=tmp_path.parent
+    )
+    assert done.stdout.split() == [str(target / "rewards" / "__init__.py"), "correct"]
