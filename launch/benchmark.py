@@ -6,6 +6,7 @@
     python launch/benchmark.py quantize                  error and bits of NF4, plain and with FuRA
     python launch/benchmark.py sync                      a sync into a live vLLM engine
     python launch/benchmark.py step                      a whole GRPO step on a random model
+    python launch/benchmark.py rewards                   grading answers: throughput, hostile answers, beside peers
     python launch/benchmark.py all --device cuda --out outputs/benchmark    everything, in under eight minutes
 
 Every result is checked against a float32 reference before it is timed.  Writes benchmark.json, benchmark.md (the
@@ -24,7 +25,7 @@ from pathlib import Path
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ["layer", "convert", "fold", "quantize", "sync", "step"]
+    names = ["layer", "convert", "fold", "quantize", "sync", "step", "rewards"]
     parser.add_argument("benchmark", choices=[*names, "all"], help="which one, or all")
     parser.add_argument("--device", help="cpu or cuda [cuda where there is one]")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="[bfloat16 on cuda, else float32]")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fura_rl.benchmark import convert, fold, grpo_step, layer, quantize, sync
+from fura_rl.benchmark import convert, fold, grpo_step, layer, quantize, rewards, sync
 from fura_rl.benchmark.measure import Settings
 
 BENCHMARKS: dict[str, Callable[[Settings], list[dict[str, Any]]]] = {
@@ -15,4 +15,5 @@ BENCHMARKS: dict[str, Callable[[Settings], list[dict[str, Any]]]] = {
     "quantize": quantize.run,
     "sync": sync.run,
     "step": grpo_step.run,
+    "rewards": rewards.run,
 }
