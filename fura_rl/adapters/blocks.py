@@ -1,6 +1,6 @@
-"""Block algebra of FuRA on plain tensors: block shapes, frozen frames, the trained small core and the fold.
+"""Block algebra of FuRA on plain tensors: block shapes, the trained small core, the product with x and the fold.
 
-Knows nothing of PEFT, layers or training.  Source: FuRA, arXiv 2605.22869.  Everything is stated for column blocks;
+Knows nothing of PEFT, layers or training; the frozen frames come from frames.py.  Source: FuRA, arXiv 2605.22869.  Everything is stated for column blocks;
 row blocks are the column blocks of the transposed weight, so a caller hands in that instead.
 
 Notation, used in every shape comment below:
@@ -15,39 +15,12 @@ Notation, used in every shape comment below:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-# A singular value below this fraction of its block's largest is numerically zero: W_i has no column to move along in
-# that direction, and dividing by it would amplify rounding noise.  1e-6 is ten float32 roundings.
-RANK_TOLERANCE = 1e-6
 SMALL_CPU_BATCH = 768  # tokens below which a copy costs less than one kernel launch per block (measured, 2 cores)
-# Float64 copies made at once while a layer is converted.  On a CPU as much as stays in cache and is reused by the
-# allocator: the fresh pages of a larger copy cost more than the product made of them.
-WORKSPACE_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
-
-
-@dataclass(frozen=True)
-class Frame:
-    """The frozen frame of one layer's blocks, in float32 or wider.
-
-    `right` is V0 (n, b, r) of an SVD, each column's largest entry positive.  A frame without singular values keeps
-    what its form needs of the starting core C0: C0^T in core form, its pseudo-inverse in base form.
-    `dropped` counts the directions without a pretrained column; their `singular_values` entry is exactly 0.
-    """
-
-    right: torch.Tensor  # (n, b, r)
-    singular_values: torch.Tensor | None  # S0, (n, r), descending within a block
-    dropped: int = 0
-
-    def to(self, device: torch.device) -> Frame:
-        values = self.singular_values
-        return Frame(self.right.to(device), None if values is None else values.to(device), self.dropped)
-
 
 def divisors(number: int) -> list[int]:
     """All divisors of `number`, ascending."""
@@ -64,80 +37,6 @@ def default_block_size(in_features: int, out_features: int) -> int:
     candidates = divisors(in_features)
     square = next(b for b in candidates if b * b >= in_features)
     return square if square <= out_features else max(b for b in candidates if b <= out_features)
-
-
-def fix_signs(right: torch.Tensor) -> torch.Tensor:
-    """Flip each column of (n, b, r) so that its entry of largest magnitude is positive: an SVD leaves signs free."""
-    index = right.abs().argmax(dim=1, keepdim=True)
-    return right * right.gather(1, index).sign()
-
-
-def _block_batches(weight: torch.Tensor, block_size: int) -> Iterator[torch.Tensor]:
-    """The blocks of `weight` in float64, (some, out, b), a bounded number of bytes at a time."""
-    out_features, in_features = weight.shape
-    blocks = weight.detach().reshape(out_features, in_features // block_size, block_size).transpose(0, 1)
-    workspace = WORKSPACE_BYTES["cpu" if weight.device.type == "cpu" else "cuda"]
-    for batch in blocks.split(max(1, workspace // (8 * out_features * block_size))):
-        yield batch.double()
-
-
-@torch.no_grad()
-def svd_frame(weight: torch.Tensor, block_size: int) -> Frame:
-    """The spectral frame (V0, S0) of every column block of `weight` (out, in).
-
-    A tall block needs only the eigendecomposition of its b x b Gram matrix in float64 (U is never formed); a wide one
-    the thin SVD.  Works in float64 and returns float32, or float64 for a float64 weight.
-    """
-    batches = _block_batches(weight, block_size)
-    if block_size <= weight.shape[0]:
-        eigenvalues, eigenvectors = torch.linalg.eigh(torch.cat([blocks.mT @ blocks for blocks in batches]))
-        singular_values, right = eigenvalues.flip(-1).clamp_min(0).sqrt(), eigenvectors.flip(-1)
-    else:
-        parts = [torch.linalg.svd(blocks, full_matrices=False)[1:] for blocks in batches]
-        singular_values, right = torch.cat([s for s, _ in parts]), torch.cat([v for _, v in parts]).mT
-    zero = singular_values <= RANK_TOLERANCE * singular_values[:, :1]
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return Frame(
-        right=fix_signs(right).to(dtype),
-        singular_values=singular_values.masked_fill(zero, 0).to(dtype),
-        dropped=int(zero.sum()),
-    )
-
-
-@torch.no_grad()
-def qr_cores(weight: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Thin QR of every block, L = [Q_1 ... Q_n] (out, n * r) and C0 (n, r, b) with a non-negative diagonal."""
-    large, small = [], []
-    for blocks in _block_batches(weight, block_size):
-        q, r = torch.linalg.qr(blocks)
-        signs = torch.diagonal(r, dim1=-2, dim2=-1).sign()
-        signs = torch.where(signs == 0, 1.0, signs)
-        large.append(q * signs.unsqueeze(-2))
-        small.append(signs.unsqueeze(-1) * r)
-    return _in_working_dtype(weight, large, small)
-
-
-@torch.no_grad()
-def random_cores(weight: torch.Tensor, block_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random orthonormal L_i (out, r) with C0_i = L_i^T W_i fitted by least squares: the paper's control.
-
-    L_i C0_i is the projection of W_i on r random directions, so it is W_i only where r = out.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    large, small = [], []
-    for blocks in _block_batches(weight, block_size):
-        shape = (*blocks.shape[:-1], min(blocks.shape[-2:]))
-        q, _ = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64))
-        large.append(q.to(blocks.device))
-        small.append(large[-1].mT @ blocks)
-    return _in_working_dtype(weight, large, small)
-
-
-def _in_working_dtype(
-    weight: torch.Tensor, large: list[torch.Tensor], small: list[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return torch.cat(large).transpose(0, 1).reshape(weight.shape[0], -1).to(dtype), torch.cat(small).to(dtype)
 
 
 def pseudo_inverse(values: torch.Tensor) -> torch.Tensor:

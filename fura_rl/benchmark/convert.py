@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fura_rl.adapters import blocks
+from fura_rl.adapters import blocks, frames
 from fura_rl.benchmark import measure
 from fura_rl.benchmark.measure import Settings
 
@@ -29,7 +29,7 @@ def compare(settings: Settings, shape: tuple[int, int]) -> list[dict[str, Any]]:
         return torch.linalg.svd(weight.float().reshape(out_features, -1, size).transpose(0, 1), full_matrices=False)[1]
 
     def ours() -> torch.Tensor:
-        return blocks.svd_frame(weight, size).singular_values
+        return frames.svd_frame(weight, size).singular_values
 
     reference = one_by_one()
     measure.check("fura's singular values", ours(), reference, torch.float32)
