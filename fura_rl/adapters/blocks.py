@@ -1,7 +1,8 @@
 """Block algebra of FuRA on plain tensors: block shapes, the trained small core, the product with x and the fold.
 
-Knows nothing of PEFT, layers or training; the frozen frames come from frames.py.  Source: FuRA, arXiv 2605.22869.  Everything is stated for column blocks;
-row blocks are the column blocks of the transposed weight, so a caller hands in that instead.
+Knows nothing of PEFT, layers or training; the frozen frames come from frames.py.  Source: FuRA, arXiv 2605.22869.
+Everything is stated for column blocks; row blocks are the column blocks of the transposed weight, so a caller hands in
+that instead.
 
 Notation, used in every shape comment below:
     W   (out, in)     pretrained weight, cut into n column blocks W_i of shape (out, b), n * b = in
@@ -72,9 +73,7 @@ def core_change(
     if kept and delta_r is not None:
         scale = singular_values if delta_s is None else singular_values + delta_s
         change = scale.unsqueeze(-1) * delta_r
-    if delta_s is not None:
-        change = change + delta_s.unsqueeze(-1) * right.mT
-    return change
+    return change if delta_s is None else torch.addcmul(change, delta_s.unsqueeze(-1), right.mT)
 
 
 def block_update(change: torch.Tensor, right: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
@@ -104,7 +103,7 @@ class _AddUpdate(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, update: torch.Tensor, onto: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(x, update)
         ctx.onto_is_x = onto is None
-        return _move(x, update.mT) if onto is None else _product(x, update.mT, onto)
+        return move(x, update.mT) if onto is None else _product(x, update.mT, onto)
 
     @staticmethod
     @once_differentiable
@@ -113,19 +112,19 @@ class _AddUpdate(torch.autograd.Function):
         grad = grad.contiguous()
         grad_x = grad_update = None
         if ctx.needs_input_grad[0]:
-            grad_x = _move(grad, update) if ctx.onto_is_x else _product(grad, update)
+            grad_x = move(grad, update) if ctx.onto_is_x else _product(grad, update)
         if ctx.needs_input_grad[1]:
             n, b, _ = update.shape
-            grad_update = torch.bmm(_as_blocks(grad, n, b).mT, _as_blocks(x, n, b))
+            grad_update = torch.bmm(as_blocks(grad, n, b).mT, as_blocks(x, n, b))
         return grad_x, grad_update, None if ctx.onto_is_x else grad
 
 
-def _as_blocks(x: torch.Tensor, n: int, b: int) -> torch.Tensor:
+def as_blocks(x: torch.Tensor, n: int, b: int) -> torch.Tensor:
     """(..., n * b) as a strided view (n, tokens, b)."""
     return x.reshape(-1, n, b).transpose(0, 1)
 
 
-def _move(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+def move(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
     """x_i + x_i @ matrices_i for every block.
 
     In 32 bits and more I + D is formed, which saves a pass over x; it is exact for D = 0 and loses nothing that the
@@ -133,16 +132,20 @@ def _move(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
     """
     if x.dtype.itemsize < 4:
         return _product(x, matrices, onto=x)
-    return _product(x, matrices + torch.eye(matrices.shape[-1], dtype=x.dtype, device=x.device))
+    return _product(x, plus_identity(matrices))
+
+
+def plus_identity(matrices: torch.Tensor) -> torch.Tensor:
+    return matrices + torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
 
 
 def _product(x: torch.Tensor, matrices: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
     """onto + x_i @ matrices_i for every block, in the layout of x; `onto` None adds nothing."""
     n, b, _ = matrices.shape
     if x.device.type == "cpu" and x.numel() < SMALL_CPU_BATCH * n * b:
-        x_blocks = _as_blocks(x, n, b)
+        x_blocks = as_blocks(x, n, b)
         blocks = (
-            torch.bmm(x_blocks, matrices) if onto is None else torch.baddbmm(_as_blocks(onto, n, b), x_blocks, matrices)
+            torch.bmm(x_blocks, matrices) if onto is None else torch.baddbmm(as_blocks(onto, n, b), x_blocks, matrices)
         )
         return blocks.transpose(0, 1).reshape(x.shape)
     result = (
@@ -150,7 +153,7 @@ def _product(x: torch.Tensor, matrices: torch.Tensor, onto: torch.Tensor | None 
         if onto is None
         else onto.clone(memory_format=torch.contiguous_format)
     )
-    _as_blocks(result, n, b).baddbmm_(_as_blocks(x, n, b), matrices, beta=0 if onto is None else 1)
+    as_blocks(result, n, b).baddbmm_(as_blocks(x, n, b), matrices, beta=0 if onto is None else 1)
     return result
 
 
@@ -162,7 +165,7 @@ def add_update(x: torch.Tensor, update: torch.Tensor, onto: torch.Tensor | None 
     """
     if torch.compiler.is_compiling():  # the compiler chooses layouts itself and takes no in-place product on a view
         n, b, _ = update.shape
-        start, x_blocks = (_as_blocks(t, n, b) for t in (x if onto is None else onto, x))
+        start, x_blocks = (as_blocks(t, n, b) for t in (x if onto is None else onto, x))
         return torch.baddbmm(start, x_blocks, update.to(x.dtype).mT).transpose(0, 1).reshape(x.shape)
     return _AddUpdate.apply(x, update.to(x.dtype), onto)
 

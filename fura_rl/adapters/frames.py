@@ -1,4 +1,4 @@
-"""Conversion: from a pretrained weight to the frozen frame of its blocks, in float64, a cache-full of numbers at a time.
+"""Conversion: from a pretrained weight to the frozen frame of its blocks, in float64, a cache-full at a time.
 
 Shapes and names as in blocks.py; everything is stated for column blocks W (out, in).  Source: FuRA, arXiv 2605.22869.
 """

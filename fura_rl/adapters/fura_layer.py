@@ -21,6 +21,7 @@ from fura_rl.adapters import blocks, frames
 from fura_rl.adapters.fura_config import FuraConfig
 from fura_rl.adapters.fura_core import FuraCore
 from fura_rl.adapters.large_core import LargeCore
+from fura_rl.adapters.moved_linear import moved_linear, takes
 from fura_rl.adapters.quantized import keep_layout
 
 
@@ -294,6 +295,8 @@ class FuraLinear(nn.Module, BaseTunerLayer):
         column_updates, row_updates = (
             sum_updates([core for core in cores if core.axis == axis]) for axis in ("in", "out")
         )
+        if len(column_updates) == 1 and not (row_updates or args or kwargs) and takes(self.base_layer, x):
+            return moved_linear(x, column_updates[0], self.base_layer)
         moved = None
         for update in column_updates:
             moved = blocks.add_update(x, update, onto=moved)
