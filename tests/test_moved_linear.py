@@ -28,7 +28,7 @@ def test_output_and_gradients_are_those_of_the_composition(dtype, tokens, has_bi
     if large:
         monkeypatch.setattr(moved_linear, "LARGE_BYTES", 1)
     monkeypatch.setattr(moved_linear, "PART_BYTES", 2 * N * SIZE * dtype.itemsize)
-    monkeypatch.setattr(moved_linear, "CACHED_BYTES", 2 * N * SIZE * dtype.itemsize)
+    monkeypatch.setattr(blocks, "TOKENS_IN_CACHE", 2)
     layer = nn.Linear(N * SIZE, OUT, bias=has_bias, dtype=dtype).requires_grad_(False)
     results = []
     for function in (moved_linear.moved_linear, composed):
@@ -95,7 +95,6 @@ def test_a_training_step_holds_no_more_than_a_frozen_layers(monkeypatch):
 
     base = nn.Linear(512, 512, bias=False).requires_grad_(False)
     monkeypatch.setattr(moved_linear, "LARGE_BYTES", 2**20)
-    monkeypatch.setattr(moved_linear, "CACHED_BYTES", 2**16)
     tokens = 4096
     model = get_peft_model(
         nn.Sequential(copy.deepcopy(base)), FuraConfig(target_modules=["0"], init_weights=False)

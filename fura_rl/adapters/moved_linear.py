@@ -1,9 +1,9 @@
 """y = W (x + D x) + bias for a frozen dense W on a CPU, in which no large buffer is made that the frozen map would not.
 
 A buffer beyond the allocator's reach costs a CPU more than the product written to it: its pages are mapped and cleared
-at every step.  So the forward moves the weight where that is smaller than x, or a large x in parts, and the backward moves a
-large gradient inside the buffer it came in.  The same function as `add_update` followed by the base layer, which
-serves every other device, base layer and mode.  Shapes as in blocks.py: x (..., in), D (n, b, b), W (out, in).
+at every step.  So the forward moves the weight where that is smaller than x, or a large x in parts, and the backward
+moves a large gradient inside the buffer it came in.  The same function as `add_update` followed by the base layer,
+which serves every other device, base layer and mode.  Shapes as in blocks.py: x (..., in), D (n, b, b), W (out, in).
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from fura_rl.adapters.blocks import as_blocks, move, plus_identity
+from fura_rl.adapters.blocks import move, move_parts, token_products
 
 LARGE_BYTES = 32 * 2**20  # glibc maps a buffer of this size afresh each time (M_MMAP_THRESHOLD's upper limit)
 PART_BYTES = 16 * 2**20  # of a large x moved before its product: few parts, since each packs the weight again
-CACHED_BYTES = 2**20  # of a large gradient moved in place at a time: it is read again while it is in cache
 
 
 def takes(layer: nn.Module, x: torch.Tensor) -> bool:
@@ -63,36 +62,12 @@ class _MovedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         x, update, weight = ctx.saved_tensors
+        n, b, _ = update.shape
         moved_grad = grad.reshape(-1, grad.shape[-1]) @ weight  # of x + D x
-        if moved_grad.nbytes >= LARGE_BYTES:
-            grad_x, grad_update = _backward_in_place(moved_grad, x, update, ctx.needs_input_grad)
-        else:
-            grad_x = move(moved_grad, update) if ctx.needs_input_grad[0] else None
-            grad_update = _product_with(moved_grad, x, update) if ctx.needs_input_grad[1] else None
-        return None if grad_x is None else grad_x.view(x.shape), grad_update, None, None
-
-
-def _product_with(moved_grad: torch.Tensor, x: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-    n, b, _ = update.shape
-    return torch.bmm(as_blocks(moved_grad, n, b).mT, as_blocks(x, n, b))
-
-
-def _backward_in_place(
-    moved_grad: torch.Tensor, x: torch.Tensor, update: torch.Tensor, needs: tuple[bool, ...]
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The gradients of x and D; that of x is written over `moved_grad`, a part at a time, rounded as `move` rounds.
-
-    D's is summed over the parts in float32 or wider.
-    """
-    n, b, _ = update.shape
-    wide = x.dtype.itemsize >= 4
-    factors = plus_identity(update) if wide else update
-    grad_update = torch.zeros_like(update, dtype=torch.promote_types(update.dtype, torch.float32))
-    size = max(1, CACHED_BYTES // (x.shape[-1] * x.itemsize))
-    for part, x_part in zip(moved_grad.split(size), x.reshape(moved_grad.shape).split(size), strict=True):
-        blocks, x_blocks = as_blocks(part, n, b), as_blocks(x_part, n, b)
-        if needs[1]:
-            grad_update += torch.bmm(blocks.mT, x_blocks)
-        if needs[0]:
-            blocks.copy_(torch.bmm(blocks, factors) if wide else torch.baddbmm(blocks, blocks, factors))
-    return moved_grad if needs[0] else None, grad_update.to(update.dtype) if needs[1] else None
+        grad_update = token_products(moved_grad, x, n, b) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, grad_update, None, None
+        if moved_grad.nbytes < LARGE_BYTES:
+            return move(moved_grad, update).view(x.shape), grad_update, None, None
+        move_parts(moved_grad, update, result=moved_grad)
+        return moved_grad.view(x.shape), grad_update, None, None
