@@ -127,7 +127,7 @@ def as_blocks(x: torch.Tensor, n: int, b: int) -> torch.Tensor:
 
 
 def token_products(left: torch.Tensor, right: torch.Tensor, n: int, b: int) -> torch.Tensor:
-    """The sum over tokens of left_i right_i^T for every block, (n, b, b): the gradient of D from those of x + D x and x.
+    """The sum over tokens of left_i right_i^T for every block, (n, b, b): D's gradient from those of x + D x and x.
 
     On a CPU a cache-full of tokens at a time, added in float32 or wider; in 16 bits from contiguous copies, since its
     kernels take strided blocks at a fifth of the rate.

@@ -16,9 +16,8 @@ SPECTRUM_EXPONENT = 0.5  # of a pretrained projection's singular values, s_k ~ k
 
 
 def run(settings: Settings) -> list[dict[str, Any]]:
-    return [
-        row for shape in settings.shapes for kind in ("random", "real-shaped") for row in compare(settings, shape, kind)
-    ]
+    cases = [(shape, kind) for shape in settings.shapes for kind in ("random", "real-shaped")]
+    return [row for shape, kind in settings.budget.units("quantize", cases) for row in compare(settings, shape, kind)]
 
 
 def make_weight(shape: tuple[int, int], kind: str, device: torch.device) -> torch.Tensor:
