@@ -8,6 +8,7 @@ where even that fails the engine refuses to generate.  Knows nothing of vLLM: it
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fura_rl.sync import payload
 from fura_rl.sync.base_weights import BaseWeights
-from fura_rl.sync.engine import rounding_generator
+from fura_rl.sync.engine import LazyFactors, rounding_generator
 from fura_rl.sync.factors import Factors
 from fura_rl.sync.fingerprint import Sample
 
@@ -62,6 +63,7 @@ class Receiver:
         self._staged: Staged | None = None
         self._applied: Mapping[str, Factors] | None = None  # of `version`, to go back to
         self._applied_seed: int | None = None
+        self._changed: set[str] = set()  # tensors that are not the base's
 
     # ---- ownership
 
@@ -167,7 +169,20 @@ class Receiver:
         return {name: factors.to_device(self.model.device) for name, factors in staged.factors.items()}
 
     def _write(self, factors: Mapping[str, Factors], seed: int | None) -> None:
-        self.model.write(factors, self.base.read, lambda name: rounding_generator(seed, name, self.model.device))
+        """Fold `factors`, and take back to the base what another policy had changed and this one does not."""
+        left_over = {name: functools.partial(self._pristine, name) for name in self._changed - factors.keys()}
+        makers = {name: functools.partial(factors.__getitem__, name) for name in factors}
+        self._changed |= factors.keys()
+        self.model.write(
+            LazyFactors(makers | left_over),
+            self.base.read,
+            lambda name: rounding_generator(None if name in left_over else seed, name, self.model.device),
+        )
+        self._changed = set(factors)
+
+    def _pristine(self, name: str) -> Factors:
+        shape = self.base.shape(name)
+        return Factors("dense", {"weight": self.base.read(name)((0, shape[0]), (0, shape[-1]))})
 
     def _roll_back(self) -> None:
         """Fold the version before again; without it the model stays poisoned and refuses to generate."""
