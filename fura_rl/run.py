@@ -146,7 +146,9 @@ def score_held_out(run: Run) -> report.Scores | None:
         return None
     trainer, script, training = run.trainer, run.arguments.script, run.arguments.training
     trainer.sync_weights()
-    llm = trainer.vllm_generation.llm
+    llm = trainer.sampler
+    if llm is None:  # another process samples from the server
+        return None
 
     def sample(n: int, temperature: float) -> Any:
         sampling = Sampling(n=n, temperature=temperature, max_tokens=training.max_completion_length, seed=training.seed)
