@@ -229,6 +229,14 @@ def test_a_budget_bounds_the_caller(pool):
     assert grade(SYMBOLIC[:1], pool=pool)[0].correct
 
 
+def test_a_budget_bounds_the_callers_own_part_too(pool):
+    megabytes = r"\boxed{" + "{}" * 500_000 + "}"  # half a second of braces each
+    started = time.monotonic()
+    results = grade([(megabytes, "1")] * 200, budget_seconds=0.5, pool=pool)
+    assert time.monotonic() - started < 20
+    assert results[-1].decided_by == "the caller's budget was spent"
+
+
 @pytest.mark.parametrize("where", ["main thread", "thread", "asyncio"])
 def test_verdicts_do_not_depend_on_where_they_are_asked_for(pool, where):
     items = [*SYMBOLIC, (SLOW_SUM, "x^n"), (r"\boxed{2}", "3")]
