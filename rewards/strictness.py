@@ -36,7 +36,7 @@ MODES = {
         huge_numbers=False,
         min_rounded_digits=6,
         soft_cpu_seconds=1.0,
-        hard_wall_seconds=10.0,
+        hard_wall_seconds=20.0,
     ),
     "evaluation": Strictness(
         name="evaluation",
@@ -47,7 +47,7 @@ MODES = {
         huge_numbers=True,
         min_rounded_digits=6,
         soft_cpu_seconds=5.0,
-        hard_wall_seconds=30.0,
+        hard_wall_seconds=40.0,
     ),
 }
 
