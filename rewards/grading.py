@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
+import math
 import os
 import threading
 import time
@@ -25,6 +26,7 @@ from rewards.strictness import find_mode
 
 WORKERS_VARIABLE = "REWARDS_WORKERS"
 REMEMBERED = frozenset({"correct", "incorrect", "unparseable", "gold_unparseable", "timeout"})  # not kills, not crashes
+BUDGET_SPENT = "the caller's budget was spent"
 COMPLETION_KEYS, GOLD_KEYS = ("completion", "text", "response"), ("gold", "answer", "solution")
 
 
@@ -128,8 +130,9 @@ def grade(
         ValueError, TypeError: for an unknown mode or an item that is no completion and gold.
         WorkersError: where no worker process can be started.
     """
-    prepared, tasks = _submit(items, mode, prefilled_thinking, pool)
-    concurrent.futures.wait([task.future for task in tasks], timeout=budget_seconds)
+    ends = time.monotonic() + (math.inf if budget_seconds is None else budget_seconds)
+    prepared, tasks = _submit(items, mode, prefilled_thinking, pool, ends)
+    concurrent.futures.wait([task.future for task in tasks], timeout=_left(ends))
     return _collect(prepared)
 
 
@@ -142,9 +145,10 @@ async def agrade(
     pool: WorkerPool | None = None,
 ) -> list[Result]:
     """`grade` for asyncio: the loop runs on while workers grade, and the caller's part runs in a thread."""
-    prepared, tasks = await asyncio.to_thread(_submit, items, mode, prefilled_thinking, pool)
+    ends = time.monotonic() + (math.inf if budget_seconds is None else budget_seconds)
+    prepared, tasks = await asyncio.to_thread(_submit, items, mode, prefilled_thinking, pool, ends)
     if tasks:
-        await asyncio.wait([asyncio.wrap_future(task.future) for task in tasks], timeout=budget_seconds)
+        await asyncio.wait([asyncio.wrap_future(task.future) for task in tasks], timeout=_left(ends))
     return _collect(prepared)
 
 
@@ -186,9 +190,15 @@ def as_item(item: Item | Mapping[str, Any] | Sequence[Any]) -> Item:
     raise TypeError(f"an item is an Item, a mapping or a (completion, gold) pair, not {type(item).__name__}")
 
 
-def _submit(items: Iterable[Any], mode: str, prefilled: bool, pool: WorkerPool | None) -> tuple[Prepared, list[Task]]:
+def _left(ends: float) -> float | None:
+    return None if ends == math.inf else max(0.0, ends - time.monotonic())
+
+
+def _submit(
+    items: Iterable[Any], mode: str, prefilled: bool, pool: WorkerPool | None, ends: float
+) -> tuple[Prepared, list[Task]]:
     find_mode(mode)
-    prepared = _prepare([as_item(item) for item in items], mode, prefilled)
+    prepared = _prepare([as_item(item) for item in items], mode, prefilled, ends)
     tasks = [task for task, _ in prepared.waiting.values()]
     groups: dict[str, list[Task]] = {}
     for task in tasks:
@@ -198,10 +208,13 @@ def _submit(items: Iterable[Any], mode: str, prefilled: bool, pool: WorkerPool |
     return prepared, tasks
 
 
-def _prepare(items: list[Item], mode: str, prefilled: bool) -> Prepared:
+def _prepare(items: list[Item], mode: str, prefilled: bool, ends: float) -> Prepared:
     strictness = find_mode(mode)
     prepared = Prepared([None] * len(items), {}, {})
     for position, item in enumerate(items):
+        if time.monotonic() > ends:
+            prepared.results[position] = Result("timeout", decided_by=BUDGET_SPENT)
+            continue
         started = time.perf_counter()
         text = completion_text(item.completion)  # type: ignore[arg-type]
         extraction = extract(text, prefilled, strictness.phrase_fallback)
@@ -240,9 +253,9 @@ def _collect(prepared: Prepared) -> list[Result]:
             verdict = task.future.result()
         else:
             task.future.cancel()
-            verdict = {"status": "timeout", "decided_by": "the caller's budget was spent", "seconds": 0.0}
+            verdict = {"status": "timeout", "decided_by": BUDGET_SPENT, "seconds": 0.0}
         if verdict["status"] in REMEMBERED and verdict["decided_by"] not in (
-            "the caller's budget was spent",
+            BUDGET_SPENT,
             "killed at the wall deadline",
         ):
             VERDICTS.put(key, (verdict["status"], verdict["decided_by"]))

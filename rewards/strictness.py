@@ -21,9 +21,7 @@ class Strictness:
     huge_numbers: bool  # an answer that passes through a number of over 20,000 bits is worked out, not refused
     min_rounded_digits: int  # a decimal may stand for a gold without end, rounded rightly to as many digits
     soft_cpu_seconds: float  # CPU time after which a worker gives an item up
-    hard_wall_seconds: (
-        float  # wall time after which the worker is killed; well above, so that a busy machine kills none
-    )
+    hard_wall_seconds: float  # wall time after which the worker is killed; a busy machine must not reach it
 
 
 MODES = {
@@ -36,7 +34,7 @@ MODES = {
         huge_numbers=False,
         min_rounded_digits=6,
         soft_cpu_seconds=1.0,
-        hard_wall_seconds=10.0,
+        hard_wall_seconds=20.0,
     ),
     "evaluation": Strictness(
         name="evaluation",
@@ -47,7 +45,7 @@ MODES = {
         huge_numbers=True,
         min_rounded_digits=6,
         soft_cpu_seconds=5.0,
-        hard_wall_seconds=30.0,
+        hard_wall_seconds=40.0,
     ),
 }
 

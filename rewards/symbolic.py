@@ -53,9 +53,12 @@ def parse(text: str) -> Any:
     import sympy
     from math_verify import parse as math_verify_parse
 
+    text = DEGREES.sub(RADIANS, text)
+    if r"\circ" in text:
+        return None  # a degree sign on anything but a number would be eaten
     try:
         parsed = math_verify_parse(
-            rf"\boxed{{{brace_arguments(DEGREES.sub(RADIANS, text))}}}",
+            rf"\boxed{{{brace_arguments(text)}}}",
             extraction_config(),
             fallback_mode="no_fallback",
             extraction_mode="first_match",

@@ -229,6 +229,14 @@ def test_a_budget_bounds_the_caller(pool):
     assert grade(SYMBOLIC[:1], pool=pool)[0].correct
 
 
+def test_a_budget_bounds_the_callers_own_part_too(pool):
+    megabytes = r"\boxed{" + "{}" * 500_000 + "}"  # half a second of braces each
+    started = time.monotonic()
+    results = grade([(megabytes, "1")] * 200, budget_seconds=0.5, pool=pool)
+    assert time.monotonic() - started < 20
+    assert results[-1].decided_by == "the caller's budget was spent"
+
+
 @pytest.mark.parametrize("where", ["main thread", "thread", "asyncio"])
 def test_verdicts_do_not_depend_on_where_they_are_asked_for(pool, where):
     items = [*SYMBOLIC, (SLOW_SUM, "x^n"), (r"\boxed{2}", "3")]
@@ -290,15 +298,14 @@ def test_closing_leaves_no_process_and_no_zombie():
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, None])
 def test_the_worker_dies_with_its_parent_even_in_the_middle_of_an_item(how, tmp_path):
-    """The parent leaves a forked child behind that holds copies of its sockets: the workers go all the same."""
+    """The parent leaves a process behind that holds a copy of its control socket: the workers go all the same."""
     code = f"""
-import os, sys, threading, time, rewards
+import subprocess, time, rewards
 from rewards.pool import Task
 pool = rewards.default_pool()
 rewards.grade({SYMBOLIC[:4]!r})
-if os.fork() == 0:
-    time.sleep(60)
-    os._exit(0)
+control = pool._control.fileno()
+subprocess.Popen(["sleep", "60"], pass_fds=[control], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 pool.submit([[Task(r"\\ln 5", {SLOW_SUM[7:-1]!r}, mode="evaluation")]])
 print(pool._nursery.pid, *pool.process_ids.values(), flush=True)
 time.sleep(60 if {how is not None} else 0.3)
@@ -314,7 +321,7 @@ time.sleep(60 if {how is not None} else 0.3)
         parent.wait(timeout=15)
         wait_until(lambda: not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids))
     finally:
-        os.killpg(parent.pid, signal.SIGKILL)  # the child it left behind
+        os.killpg(parent.pid, signal.SIGKILL)  # the process it left behind
         parent.stdout.close()
 
 
