@@ -55,7 +55,8 @@ def test_frame_of_ill_conditioned_blocks_is_as_good_as_a_float64_svd():
         assert (frame.right[i].T @ frame.right[i] - torch.eye(32)).abs().max() < 1e-6
 
 
-def test_conversion_does_not_depend_on_the_number_of_threads_and_leaves_it_alone():
+def test_conversion_does_not_depend_on_the_number_of_threads_and_leaves_it_alone(monkeypatch):
+    monkeypatch.setattr(frames, "THREADED_WORK", 0)
     weight, before = ill_conditioned(50), torch.get_num_threads()
     found = {}
     try:

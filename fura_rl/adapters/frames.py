@@ -20,6 +20,7 @@ RANK_TOLERANCE = 1e-6
 # larger copy cost more than the product made of them.
 WORKSPACE_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
 PANEL_BYTES = 2**20  # of that, what one CPU thread multiplies at a time: half of its second-level cache
+THREADED_WORK = 2**24  # out * in * b from which starting threads for a layer pays: a millisecond of one core
 MOST_BLOCKS = 8  # in such a panel: with more, each would have too few rows for an efficient product
 
 
@@ -91,7 +92,8 @@ def _tall_frames_on_cpu(weight: torch.Tensor, block_size: int, dtype: torch.dtyp
     group = max(1, min(MOST_BLOCKS, n // (4 * threads)))
     groups = weight.split(group * block_size, dim=1)
     frame_of = partial(_tall_frame_on_cpu, block_size=block_size, dtype=dtype)
-    if n < 2 * threads:  # few large blocks: the threads are better used inside each
+    few = n < 2 * threads  # large blocks: the threads are better used inside each
+    if few or weight.numel() * block_size < THREADED_WORK:
         return [frame_of(columns) for columns in groups]
     return in_threads(frame_of, groups, threads)
 

@@ -1,8 +1,8 @@
 """y = W (x + D x) + bias for a frozen dense W on a CPU, in which no large buffer is made that the frozen map would not.
 
 A buffer beyond the allocator's reach costs a CPU more than the product written to it: its pages are mapped and cleared
-at every step.  So the forward moves the weight where that is smaller than x, or a large x in parts, and the backward
-moves a large gradient inside the buffer it came in.  The same function as `add_update` followed by the base layer,
+at every step.  So for a large x the forward moves the weight where that is smaller, else x in parts, and the backward
+moves the gradient inside the buffer it came in.  The same function as `add_update` followed by the base layer,
 which serves every other device, base layer and mode.  Shapes as in blocks.py: x (..., in), D (n, b, b), W (out, in).
 """
 
@@ -47,11 +47,11 @@ class _MovedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, update, weight)
         if not (update[0].any() or update.any()):  # the start: no arithmetic that could round
             return linear(x, weight, bias)
+        if x.nbytes < LARGE_BYTES:
+            return linear(move(x, update.mT), weight, bias)
         tokens = x.numel() // x.shape[-1]
         if tokens > weight.shape[0] and x.dtype.itemsize >= 4:  # in 16 bits the moved weight would lose a small D
             return linear(x, move(weight, update), bias)
-        if x.nbytes < LARGE_BYTES:
-            return linear(move(x, update.mT), weight, bias)
         y = x.new_empty(tokens, weight.shape[0])
         size = max(1, PART_BYTES // (x.shape[-1] * x.itemsize))
         for part, result in zip(x.reshape(tokens, -1).split(size), y.split(size), strict=True):
