@@ -16,7 +16,7 @@ from fura_rl.adapters.quantized import keep_layout
 from fura_rl.sync import probe
 from fura_rl.sync.audit import KernelAudit, sample_spans, stale_modules
 from fura_rl.sync.engine import LazyFactors, Push, RolloutEngine, Update, rounding_generator
-from fura_rl.sync.factors import Factors, Read, Span, fold_slice
+from fura_rl.sync.factors import Factors, Read, Span, fold_rows, fold_slice
 from fura_rl.sync.fingerprint import Sample, base_sample
 from fura_rl.sync.fold import CheckpointWeight, checkpoint_weights
 from fura_rl.sync.fold_rules import shifts_its_base
@@ -344,12 +344,10 @@ def sampled_rows(
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """Rows `spans` of the folded weight, (features, in), one span after another, in `dtype`."""
-    parts = []
-    for span in spans:
-        out = torch.empty(span[1] - span[0], columns[1] - columns[0], dtype=dtype, device=device)
-        fold_slice(read, factors, span, columns, out, generator)
-        parts.append(out)
-    return torch.cat(parts)
+    count = sum(last - first for first, last in spans)
+    out = torch.empty(count, columns[1] - columns[0], dtype=dtype, device=device)
+    fold_rows(read, factors, spans, columns, out, generator)
+    return out
 
 
 def starts_of_shifted_bases(weights: Iterable[CheckpointWeight], model: nn.Module) -> dict[str, Factors]:
