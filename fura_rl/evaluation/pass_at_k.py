@@ -90,6 +90,8 @@ def score(llm: LLM, problems: Problems, args: argparse.Namespace) -> dict[str, A
         "pass_at_k": {str(k): sampled.pass_at(k) for k in args.k},
         "truncated_frac": sampled.truncated_frac,
         "no_answer_frac": sampled.no_answer_frac,
+        "phrase_correct_frac": sampled.phrase_correct_frac,
+        "ungraded_frac": sampled.ungraded_frac,
         "sampling": {name: asdict(sampling) for name, sampling in samplings.items()},
         "environment": environment(),
         "samples": {name: evaluation.rows() for name, evaluation in evaluations.items()},
@@ -109,6 +111,8 @@ def print_result(result: dict[str, Any]) -> None:
         table.add_row(f"pass@{k}", f"{value:.3f}")
     table.add_row("cut at max_tokens", f"{result['truncated_frac']:.1%}")
     table.add_row("without a boxed answer", f"{result['no_answer_frac']:.1%}")
+    table.add_row("right in words, without a box (not counted)", f"{result['phrase_correct_frac']:.1%}")
+    table.add_row("not graded (timeout, memory, crash)", f"{result['ungraded_frac']:.1%}")
     conditions = (
         f"{result['problems']} problems, {sampling['n']} samples each, temperature {sampling['temperature']:g}, "
         f"top-p {sampling['top_p']:g}, max {sampling['max_tokens']} tokens"

@@ -10,7 +10,7 @@ import torch
 
 from fura_rl.data import encode_prompts
 from fura_rl.evaluation.estimators import pass_at_k
-from rewards import grade
+from rewards import Item, grade
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,9 +35,11 @@ class Sample:
     problem: int  # index of the problem
     text: str
     token_ids: list[int]
-    answer: str | None  # content of the last closed box
+    answer: str | None  # content of the last closed box, or what followed "the answer is"
     gold: str
-    correct: bool
+    correct: bool  # by a box; an answer in words alone is told apart by its `source`
+    status: str  # a status of `rewards.Result`
+    source: str | None  # "box" or "phrase"
     finish_reason: str  # "stop", or "length" where max_tokens cut it
 
 
@@ -66,7 +68,19 @@ class Evaluation:
 
     @property
     def no_answer_frac(self) -> float:
-        return sum(sample.answer is None for sample in self.samples) / len(self.samples)
+        """Without a boxed answer."""
+        return sum(sample.source != "box" for sample in self.samples) / len(self.samples)
+
+    @property
+    def phrase_correct_frac(self) -> float:
+        """Right in words ("the answer is 5") without a box: in no score, told beside it."""
+        right = [sample.status == "correct" and sample.source == "phrase" for sample in self.samples]
+        return sum(right) / len(self.samples)
+
+    @property
+    def ungraded_frac(self) -> float:
+        """Timed out, out of memory or crashed while they were graded; they count as wrong."""
+        return sum(sample.status in ("timeout", "memory", "crashed") for sample in self.samples) / len(self.samples)
 
     def rows(self) -> list[dict[str, Any]]:
         return [asdict(sample) for sample in self.samples]
@@ -105,20 +119,27 @@ def evaluate(
     with torch.random.fork_rng():
         torch.manual_seed(sampling.seed)
         outputs = llm.generate(requests, params, use_tqdm=progress)
-    samples = []
-    for index, (output, gold) in enumerate(zip(outputs, golds, strict=True)):
-        for completion in output.outputs:
-            text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-            verdict = grade(text, gold)
-            samples.append(
-                Sample(
-                    problem=index,
-                    text=text,
-                    token_ids=list(completion.token_ids),
-                    answer=verdict.answer,
-                    gold=gold,
-                    correct=verdict.correct,
-                    finish_reason=str(completion.finish_reason),
-                )
-            )
+    drawn = [
+        (index, gold, completion, tokenizer.decode(completion.token_ids, skip_special_tokens=True))
+        for index, (output, gold) in enumerate(zip(outputs, golds, strict=True))
+        for completion in output.outputs
+    ]
+    verdicts = grade(
+        [Item(text, gold, truncated=completion.finish_reason == "length") for _, gold, completion, text in drawn],
+        mode="evaluation",
+    )
+    samples = [
+        Sample(
+            problem=index,
+            text=text,
+            token_ids=list(completion.token_ids),
+            answer=verdict.answer,
+            gold=gold,
+            correct=verdict.correct and verdict.source == "box",
+            status=verdict.status,
+            source=verdict.source,
+            finish_reason=str(completion.finish_reason),
+        )
+        for (index, gold, completion, text), verdict in zip(drawn, verdicts, strict=True)
+    ]
     return Evaluation(samples, sampling.n)
