@@ -33,6 +33,9 @@ class Settings:
     sizes: tuple[str, ...]  # keys of `models.SIZES` whose layers are measured
     model: str  # another: the model of the whole-model benchmarks
     budget: Budget = field(default_factory=Budget)
+    seeds: int = 5  # of studies that train
+    steps: int = 50  # of each of their runs
+    out: Path = Path("outputs/benchmark")  # where studies keep what they have finished
 
 
 def synchronize(device: torch.device) -> None:
