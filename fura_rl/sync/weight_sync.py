@@ -99,6 +99,9 @@ class WeightSync:
         rounding: how folded weights are rounded to a 16-bit engine, "nearest" or "stochastic" (seeded by `seed`).
         compute_dtype: the dtype that the policy's forward runs in (its autocast dtype, where it has one).
         score: log-probs of token ids under the policy; replaced where the forward needs an autocast context.
+
+    Raises:
+        ValueError: for an unknown mode or rounding, or where the engine's dtype cannot hold the weights.
     """
 
     def __init__(
@@ -138,6 +141,8 @@ class WeightSync:
         self.version = 0
         self._previous_logprobs: torch.Tensor | None = None
         self.weights = self._current_weights()
+        if engine.dtype == torch.float16:
+            refuse_beyond_float16(self.weights.values())
         self._starts = {} if engine.reads_the_trainers_base else starts_of_shifted_bases(self.weights.values(), model)
         engine.prepare({name: weight.shape for name, weight in self.weights.items()}, self._base_samples())
 
@@ -376,6 +381,23 @@ def relative_to_start(factors: Factors, start: Factors) -> Factors:
     """B A - B0 A0 as one low-rank product: the update of the checkpoint's weight."""
     up = torch.cat([factors.tensors["up"], -start.tensors["up"]], dim=1)
     return Factors("low_rank", {"up": up, "down": torch.cat([factors.tensors["down"], start.tensors["down"]])})
+
+
+def refuse_beyond_float16(weights: Iterable[CheckpointWeight]) -> None:
+    """Look before the first load: what float16 cannot hold becomes infinite in the engine, adapted or not.
+
+    Raises:
+        ValueError: naming the first such weights and their largest magnitudes.
+    """
+    limit = torch.finfo(torch.float16).max
+    largest = {w.name: float(local(w.parameter).abs().max()) for w in weights if local(w.parameter).numel()}
+    beyond = {name: size for name, size in largest.items() if size > limit}
+    if beyond:
+        shown = ", ".join(f"{name} ({size:.3g})" for name, size in list(beyond.items())[:4])
+        raise ValueError(
+            f"vllm_dtype=float16 holds numbers up to {limit:.0f}, and {len(beyond)} weights are larger: {shown}; serve "
+            "in bfloat16 or float32"
+        )
 
 
 def refuse_non_finite(weights: Iterable[CheckpointWeight]) -> None:
