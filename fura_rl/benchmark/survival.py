@@ -55,7 +55,7 @@ def run(settings: Settings) -> list[dict[str, Any]]:
         model = make_base_model(Path(scratch) / "base")
         for key in settings.budget.units("survival", [key for key in wanted if key not in cells]):
             arm, seed = wanted[key]
-            cells[key] = run_cell(ARMS[arm], seed, settings.steps, model, Path(scratch) / "run")
+            cells[key] = run_cell(settings, ARMS[arm], seed, model, Path(scratch) / "run")
             print(f"{key}: {cells[key]}", flush=True)
             store.write_text(json.dumps(cells, indent=1) + "\n")
     finished = {arm: [cells[key] for key, (name, _) in wanted.items() if name == arm and key in cells] for arm in ARMS}
@@ -69,7 +69,7 @@ def make_base_model(folder: Path) -> Path:
     return folder
 
 
-def run_cell(arm: Sequence[str], seed: int, steps: int, model: Path, output_dir: Path) -> dict[str, float]:
+def run_cell(settings: Settings, arm: Sequence[str], seed: int, model: Path, output_dir: Path) -> dict[str, float]:
     """One training run of `launch/grpo_math.py`, in this process."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from fura_rl.config import parse_arguments
@@ -77,11 +77,11 @@ def run_cell(arm: Sequence[str], seed: int, steps: int, model: Path, output_dir:
 
     arguments = parse_arguments([
         *("--config", str(CONFIG), "--model_name_or_path", str(model), "--output_dir", str(output_dir)),
-        *("--seed", str(seed), "--max_steps", str(steps), "--save_strategy", "no", "--eval_samples", "4"),
+        *("--seed", str(seed), "--max_steps", str(settings.steps), "--save_strategy", "no", "--eval_samples", "4"),
         # the run logs how far the engine's log-probs are from the trainer's only where it corrects for it, as TRL does
         # unless told otherwise
         *("--vllm_importance_sampling_correction", "true", "--vllm_gpu_memory_utilization", "0.02"),
-        *("--sync_probe_every", "1", *arm),
+        *("--sync_probe_every", "1", "--use_cpu", str(settings.device.type == "cpu").lower(), *arm),
     ])  # fmt: skip
     started = time.perf_counter()
     run = prepare_run(arguments)

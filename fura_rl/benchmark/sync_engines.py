@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 LAUNCHER = Path(__file__).resolve().parents[2] / "launch" / "serve_rollouts.py"
 MAX_LENGTH = 256
 START_SECONDS = 900.0
+ENVIRONMENT = dict(os.environ)  # as it was before an engine of this process wrote its own ports and ranks into it
 PHASES = ("merge", "push", "unmerge")  # of the stock way
 
 
@@ -72,14 +73,14 @@ def rollout_server(settings: Settings, checkpoint: Path) -> Iterator[HttpTranspo
     ]
     log = checkpoint / "server.log"
     with log.open("w") as output:
-        environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        environment = ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
         server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
         transport = HttpTransport(f"http://127.0.0.1:{port}", timeout=600.0)
         deadline = time.monotonic() + START_SECONDS
         while not is_up(transport):
             if server.poll() is not None or time.monotonic() > deadline:
-                tail = "\n".join(log.read_text().splitlines()[-20:])
+                tail = "\n".join(log.read_text().splitlines()[-60:])
                 raise RuntimeError(f"the rollout server did not start (exit code {server.poll()}):\n{tail}")
             time.sleep(1.0)
         yield transport
