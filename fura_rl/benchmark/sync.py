@@ -104,12 +104,15 @@ def run(settings: Settings) -> list[dict[str, Any]]:
 
 
 def measure_in_process(settings: Settings, size: str, checkpoint: Path) -> Iterator[dict[str, Any]]:
-    engine = sync_engines.start_in_process(settings, checkpoint)
+    from fura_rl.sync.vllm_engine import InProcessEngine
+
+    llm = sync_engines.start_in_process(settings, checkpoint)
     for method in METHODS:
+        engine = InProcessEngine(llm)  # a new one: it keeps its last update, and with it the policy
         policy = make_policy(settings, checkpoint, method)
         ways = in_process_ways(policy, engine)
         yield from measure_ways(settings, size, method, policy, engine.prompt_logprobs, ways)
-        del policy, ways
+        del engine, policy, ways
         measure.release(settings.device)
 
 
@@ -128,8 +131,8 @@ def make_policy(settings: Settings, checkpoint: Path, method: str) -> PeftModel:
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=settings.dtype).to(settings.device)
     policy = get_peft_model(model, METHODS[method]())
     for parameter in policy.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+        # copied, since pages of a checkpoint that is mapped into memory would come and go in the measured peak
+        parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data.clone()
     return policy
 
 
@@ -287,7 +290,9 @@ def payload_row(size: str, method: str) -> dict[str, Any]:
 
 def drift_rows(settings: Settings, size: str, checkpoint: Path) -> Iterator[dict[str, Any]]:
     """The mean move of a base weight after DRIFT_SYNCS syncs of a policy in `settings.dtype`, over its mean size."""
-    engine = sync_engines.start_in_process(settings, checkpoint)
+    from fura_rl.sync.vllm_engine import InProcessEngine
+
+    engine = InProcessEngine(sync_engines.start_in_process(settings, checkpoint))
     for method in METHODS:
         for name in ("stock", "factored"):
             policy = make_policy(settings, checkpoint, method)

@@ -23,6 +23,7 @@ from fura_rl.sync.fold import checkpoint_weights
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from vllm import LLM
 
     from fura_rl.sync.http_transport import HttpTransport
     from fura_rl.sync.vllm_engine import InProcessEngine
@@ -40,18 +41,17 @@ def make_checkpoint(settings: Settings, size: str, checkpoint: Path) -> None:
     AutoTokenizer.from_pretrained(BASE_MODEL).save_pretrained(checkpoint)
 
 
-def start_in_process(settings: Settings, checkpoint: Path) -> InProcessEngine:
+def start_in_process(settings: Settings, checkpoint: Path) -> LLM:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
 
-    from fura_rl.sync.vllm_engine import InProcessEngine, cpu_cache_settings
+    from fura_rl.sync.vllm_engine import cpu_cache_settings
 
-    llm = LLM(
+    return LLM(
         str(checkpoint), dtype=dtype_name(settings.dtype), max_model_len=MAX_LENGTH, enforce_eager=True,
         gpu_memory_utilization=0.25, disable_log_stats=True,
         **(cpu_cache_settings(0.01) if settings.device.type == "cpu" else {}),
     )  # fmt: skip
-    return InProcessEngine(llm)
 
 
 @contextmanager
