@@ -5,7 +5,8 @@
     python launch/benchmark.py model                     converting a whole model, and its peak memory
     python launch/benchmark.py fold                      folding a layer for a sync
     python launch/benchmark.py quantize                  error and bits of NF4, plain and with FuRA
-    python launch/benchmark.py sync                      a sync into a live vLLM engine
+    python launch/benchmark.py sync                      a sync into a live vLLM engine, here and behind a server
+    python launch/benchmark.py survival                  what 16-bit engines leave of the update: trains, takes long
     python launch/benchmark.py step                      a whole GRPO step on a random model
     python launch/benchmark.py rewards                   grading answers: throughput, hostile answers, beside peers
     python launch/benchmark.py all --device cuda --out outputs/benchmark    everything, in under eight minutes
@@ -26,11 +27,11 @@ from pathlib import Path
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ["layer", "convert", "model", "fold", "quantize", "step", "sync", "rewards"]
+    names = ["layer", "convert", "model", "fold", "quantize", "step", "sync", "rewards", "survival"]
     parser.add_argument("benchmark", choices=[*names, "all"], help="which one, or all")
     parser.add_argument("--device", help="cpu or cuda [cuda where there is one]")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="[bfloat16 on cuda, else float32]")
-    parser.add_argument("--sizes", nargs="+", help="model sizes: tiny, qwen3-0.6b, qwen3-1.7b, 7b")
+    parser.add_argument("--sizes", nargs="+", help="model sizes: tiny, 3m, qwen3-0.6b, qwen3-1.7b, 7b")
     parser.add_argument(
         "--tokens", type=int, nargs="+", help="tokens of the layer benchmark [64 1024 4096 (16384 on cuda)]"
     )
@@ -40,6 +41,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--cpu_time", action="store_true", help="CPU seconds of one thread, for a CPU that others use at the same time"
     )
     parser.add_argument("--minutes", type=float, help="begin no measurement after this long [all: 7.5, else no limit]")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds of the survival study [5]")
+    parser.add_argument("--steps", type=int, default=50, help="steps of each run of the survival study [50]")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark"), help="where the results go")
     return parser.parse_args(argv)
 
@@ -81,6 +84,9 @@ def main(argv: list[str]) -> int:
         model=sizes[0] if on_gpu or args.sizes else "tiny",
         clock=time.process_time if args.cpu_time else time.perf_counter,
         budget=budget,
+        seeds=args.seeds,
+        steps=args.steps,
+        out=args.out,
     )
     measured = machine(settings)
     print(report.machine_line(measured), flush=True)

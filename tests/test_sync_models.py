@@ -1,5 +1,6 @@
 """The fold into live engines that store weights in other ways: fp8 kernels, unpacked layouts, 16 bits, experts."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from trl import ModelConfig
 from fura_rl.adapters.registry import peft_config_for
 from fura_rl.sync import vllm_model
 from fura_rl.sync.vllm_engine import InProcessEngine
+from fura_rl.sync.vllm_model import PoisonedEngineError
 from fura_rl.sync.weight_sync import WeightSync
 
 PROBE = list(range(5, 45))
@@ -81,6 +83,29 @@ def test_a_16_bit_engine_is_as_near_to_its_trainer_after_syncs_as_before(tmp_pat
         report = sync.sync()
         assert report.probe_max_gap < max(3 * floor, tolerance)
         assert 0.8 < report.audit_gain_min < 1.2
+
+
+def test_a_float16_engine_refuses_what_it_cannot_hold_before_it_generates(tmp_path):
+    folder = make_tiny_checkpoint(tmp_path / "model", tied=True)
+    engine = start(folder, "float16")
+    policy = adapted(folder, "lora")
+    name = "model.layers.1.mlp.up_proj"
+    layer = policy.get_base_model().get_submodule(name)
+    base, down = layer.get_base_layer().weight.data, layer.lora_A["default"].weight.data
+    sync = WeightSync(policy, engine, PROBE)
+    sync.sync()
+
+    layer.lora_B["default"].weight.data[3, 0] = 1e6 / float(down[0].abs().max())  # a finite step: only its fold is not
+    with pytest.raises(OverflowError, match=rf"{re.escape(name)}\.weight.*exceeds 65504.*bfloat16"):
+        sync.sync()
+    with pytest.raises(PoisonedEngineError, match="refuses to generate"):
+        engine.model.model(None)
+    layer.lora_B["default"].weight.data.zero_()
+    sync.sync()
+
+    base[5, 5] = 1e5
+    with pytest.raises(ValueError, match=rf"float16.*1 weights are larger: {re.escape(name)}\.weight \(1e\+05"):
+        WeightSync(policy, engine, PROBE)
 
 
 def test_an_fp8_engine_is_requantized_from_the_folded_weight(tmp_path):

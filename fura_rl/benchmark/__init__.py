@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fura_rl.benchmark import convert, fold, grpo_step, layer, model, quantize, rewards, sync
+from fura_rl.benchmark import convert, fold, grpo_step, layer, model, quantize, rewards, survival, sync
 from fura_rl.benchmark.measure import Settings
 
 BENCHMARKS: dict[str, Callable[[Settings], list[dict[str, Any]]]] = {
@@ -17,6 +17,7 @@ BENCHMARKS: dict[str, Callable[[Settings], list[dict[str, Any]]]] = {
     "step": grpo_step.run,
     "sync": sync.run,
     "rewards": rewards.run,
+    "survival": survival.run,
 }
 
 # What "all" runs, and up to which part of its time budget each may begin measurements; what is left over passes on.

@@ -34,6 +34,9 @@ class Settings:
     model: str  # another: the model of the whole-model benchmarks
     clock: Callable[[], float] = time.perf_counter  # seconds; `time.process_time` where others share the machine
     budget: Budget = field(default_factory=Budget)
+    seeds: int = 5  # of studies that train
+    steps: int = 50  # of each of their runs
+    out: Path = Path("outputs/benchmark")  # where studies keep what they have finished
 
 
 def synchronize(device: torch.device) -> None:

@@ -233,7 +233,11 @@ def fill(
     read: Callable[[str], Read],
     generator: Callable[[str], torch.Generator | None],
 ) -> None:
-    """Write one region: folded where there are factors, pristine where there are none."""
+    """Write one region: folded where there are factors, pristine where there are none.
+
+    Raises:
+        OverflowError: where the weight has outgrown float16.
+    """
     out = region.view(parameter)
     if region.ops:
         source = read(region.name)(region.rows, region.columns) if factors is None else factors.tensors["weight"]
@@ -244,6 +248,11 @@ def fill(
         out.copy_(factors.tensors["weight"][slice(*region.rows)])
     else:
         fold_slice(read(region.name), factors, region.rows, region.columns, out, generator(region.name))
+    if out.dtype == torch.float16 and not out.isfinite().all():
+        raise OverflowError(
+            f"{region.name}: the weight to serve exceeds {torch.finfo(torch.float16).max:.0f}, the largest number of "
+            "float16; serve in bfloat16 or float32 (vllm_dtype)"
+        )
 
 
 # ---- the dry run
