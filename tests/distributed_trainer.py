@@ -101,7 +101,6 @@ def train_and_sync(accelerator: Accelerator, case: str, model: str, url: str) ->
     result["non-finite"] = error_of_a_nan_in_the_last_process(accelerator, policy, sync)
     if accelerator.is_main_process:
         engine.close()
-    accelerator.free_memory()
     return result
 
 

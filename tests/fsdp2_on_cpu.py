@@ -17,12 +17,15 @@ from accelerate.utils import DistributedType
 def allow_fsdp_on_cpu() -> None:
     original = AcceleratorState.__init__
 
+    plugins = []  # the state is shared, and made anew again and again
+
     def with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
-        plugin = fsdp_plugin or self.__dict__.get("fsdp_plugin")  # the state is shared, and made anew again and again
+        if fsdp_plugin is not None:
+            plugins.append(fsdp_plugin)
         original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+        if plugins and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type = DistributedType.FSDP
-            self.fsdp_plugin = plugin
+            self.fsdp_plugin = plugins[-1]
 
     AcceleratorState.__init__ = with_fsdp
 

@@ -19,7 +19,7 @@ from fura_rl.adapters.fura_layer import FuraLinear
 from fura_rl.adapters.quantized import dequantized_weight, holds_packed_weight
 from fura_rl.sync.factors import Factors, Read, Span, fold_slice
 from fura_rl.sync.fold_rules import small_factors
-from fura_rl.sync.sharding import gathered, local, local_rows, whole, whole_shape
+from fura_rl.sync.sharding import gathered, is_piece, local, local_rows, whole, whole_shape
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,9 @@ class CheckpointWeight:
 
     @property
     def local_rows(self) -> Span:
-        """The rows of the base value that this process holds."""
+        """The rows of the base value that this process holds; none of a weight whose large core is in pieces."""
+        if isinstance(self.layer, FuraLinear) and self.layer.owns_large_core and is_piece(self.parameter):
+            return 0, 0
         return local_rows(pristine_weight(self))
 
     def read_local(self) -> Read:

@@ -55,6 +55,7 @@ class Receiver:
         self.base = base
         self.version = 0
         self.owner: str | None = None
+        self._last_owner: str | None = None
         self.phases: dict[str, float] = {}
         self._lease_ends = 0.0
         self._lease_seconds = 0.0
@@ -62,6 +63,8 @@ class Receiver:
         self._staged: Staged | None = None
         self._applied: Mapping[str, Factors] | None = None  # of `version`, to go back to
         self._applied_seed: int | None = None
+        self._changed: set[str] = set()  # weights that the owner has written
+        self._left_over: set[str] = set()  # weights that owners before have written
 
     # ---- ownership
 
@@ -87,6 +90,9 @@ class Receiver:
             )
         self.model.record(tensors)
         self._shapes = tensors
+        if owner != self._last_owner:
+            self._left_over |= self._changed
+            self._changed, self._last_owner = set(), owner
         self.owner, self._lease_seconds = owner, lease_seconds
         self._staged = None
         self.renew(owner)
@@ -145,12 +151,13 @@ class Receiver:
         started = time.monotonic()
         factors = self._validate(version)
         checked = time.monotonic()
+        self._changed |= factors.keys()
         try:
-            self._write(factors, rounding_seed)
+            self._write({**self._pristine(self._left_over - factors.keys()), **factors}, rounding_seed)
         except Exception:
             self._roll_back()
             raise
-        self.version, self._staged = version, None
+        self.version, self._staged, self._left_over = version, None, set()
         small = all(f.rule != "dense" for f in factors.values())
         self._applied, self._applied_seed = factors if small else None, rounding_seed
         self.phases |= {"validate": checked - started, "fold": time.monotonic() - checked}
@@ -165,6 +172,10 @@ class Receiver:
             )
         payload.check(staged.factors, self._shapes)
         return {name: factors.to_device(self.model.device) for name, factors in staged.factors.items()}
+
+    def _pristine(self, names: set[str]) -> dict[str, Factors]:
+        """The base values of weights that another trainer has changed and the one that owns this engine does not."""
+        return {name: Factors("dense", {"weight": self.base.whole(name)}) for name in sorted(names)}
 
     def _write(self, factors: Mapping[str, Factors], seed: int | None) -> None:
         self.model.write(factors, self.base.read, lambda name: rounding_generator(seed, name, self.model.device))

@@ -315,9 +315,9 @@ class UpdateWatch:
             return
         started = time.perf_counter()
         spans, columns = sample_spans(whole_blocks(weight.local_rows, factors)), (0, weight.shape[1])
-        read = self._read(weight) if weight.layer is not None else None
         if not spans:
             return
+        read = self._read(weight) if weight.layer is not None else None
         device = next(iter(factors.tensors.values())).device
         rounds = self._engine.dtype.itemsize < 4
 
