@@ -35,7 +35,10 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     train(run)
-    return finish(run)
+    code = finish(run)
+    if run.trainer.accelerator.num_processes > 1:
+        run.trainer.accelerator.end_training()  # a process group that is left open aborts some processes at their exit
+    return code
 
 
 if __name__ == "__main__":

@@ -9,10 +9,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from rollout_server import RolloutServer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -69,6 +71,16 @@ def untied_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bfloat16_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_checkpoint(tmp_path_factory.mktemp("bfloat16"), tied=True, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
+def rollout_server(untied_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutServer]:
+    """One real server of the untied checkpoint for all slow tests: its start is what costs."""
+    server = RolloutServer(untied_checkpoint, tmp_path_factory.mktemp("server") / "log.txt").start()
+    try:
+        yield server.wait_until_up()
+    finally:
+        server.stop()
 
 
 @torch.no_grad()

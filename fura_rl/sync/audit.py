@@ -72,7 +72,7 @@ class KernelAudit:
         """
         x = probe_vectors(delivered.shape[1], delivered.device)
         self._expected[name] = expected = product(delivered, x)
-        if name not in self._previous:
+        if name not in self._previous or self._spans[name] != spans:  # sharding has moved rows to other processes
             self._previous[name] = expected if base is None else product(base.to(delivered.dtype), x)
         self._spans[name] = spans
 

@@ -54,6 +54,10 @@ class BaseWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
 
+    def whole(self, name: str) -> torch.Tensor:
+        """One tensor on the engine's device, in the checkpoint's dtype."""
+        return self._slice(name)[:].to(self.device)
+
     def read(self, name: str) -> Read:
         """Slices of one tensor, on the engine's device, in the checkpoint's dtype."""
         stored = self._slice(name)

@@ -20,7 +20,7 @@ from fura_rl.adapters.fura_layer import FuraLinear
 from fura_rl.adapters.quantized import dequantized_weight, holds_packed_weight
 from fura_rl.sync.factors import Factors, Read, Span, fold_slice
 from fura_rl.sync.fold_rules import small_factors
-from fura_rl.sync.sharding import local, local_rows, whole
+from fura_rl.sync.sharding import gathered, is_piece, local, local_rows, whole, whole_shape
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class CheckpointWeight:
         if self.quantized is not None or (self.layer is not None and holds_packed_weight(self.layer.get_base_layer())):
             holder = self.quantized if self.quantized is not None else self.layer.get_base_layer()
             return (holder.out_features, holder.in_features)
-        return tuple(self.parameter.shape)
+        return whole_shape(self.parameter)
 
     @property
     def element_count(self) -> int:
@@ -62,7 +62,8 @@ class CheckpointWeight:
     def factors(self) -> Factors:
         """What the engine's copy of the base weight needs to become this tensor; dense where nothing smaller does."""
         if self.layer is not None and self.quantized is None:
-            small = small_factors(self.layer)
+            with gathered(self.layer, but=self.layer.get_base_layer()):
+                small = small_factors(self.layer)
             if small is not None:
                 return small
         return Factors("dense", {"weight": self.value()})
@@ -73,7 +74,9 @@ class CheckpointWeight:
 
     @property
     def local_rows(self) -> Span:
-        """The rows of the base value that this process holds."""
+        """The rows of the base value that this process holds; none of a weight whose large core is in pieces."""
+        if isinstance(self.layer, FuraLinear) and self.layer.owns_large_core and is_piece(self.parameter):
+            return 0, 0
         return local_rows(pristine_weight(self))
 
     def read_local(self) -> Read:
@@ -89,7 +92,10 @@ class CheckpointWeight:
         """The tensor to serve; in float32 or wider where it is folded, dequantized where its layer is quantized."""
         if self.quantized is not None:
             return dequantized_weight(self.quantized)
-        return whole(self.parameter.data) if self.layer is None else folded_weight(self.layer)
+        if self.layer is None:
+            return whole(self.parameter)
+        with gathered(self.layer):
+            return folded_weight(self.layer)
 
 
 def slices_of(base: torch.Tensor, first_row: int = 0) -> Read:
@@ -230,4 +236,4 @@ def pristine_weight(weight: CheckpointWeight) -> torch.Tensor:
         return dequantized_weight(weight.quantized)
     if weight.layer is not None and holds_packed_weight(weight.layer.get_base_layer()):
         return dequantized_weight(weight.layer.get_base_layer())
-    return weight.parameter.data
+    return weight.parameter

@@ -20,7 +20,7 @@ from fura_rl.adapters import blocks
 from fura_rl.adapters.fura_layer import FuraLinear
 from fura_rl.adapters.quantized import holds_packed_weight
 from fura_rl.sync.factors import Factors
-from fura_rl.sync.sharding import whole
+from fura_rl.sync.sharding import by_rows, whole
 
 # LoRA initialisations that move the base weight: the engine's checkpoint has the weight from before
 SHIFTING_INITS = ("pissa", "olora", "corda", "loftq", "milora")
@@ -57,9 +57,11 @@ def lora_factors(layer: LoraLayer, names: list[str]) -> Factors | None:
     down = torch.cat([_float(layer.lora_A[name].weight) for name in names])
     if not dora:
         return Factors("low_rank", {"up": up, "down": down})
-    base = whole(layer.get_base_layer().weight).float()
+    norm = by_rows(
+        layer.get_base_layer().weight,
+        lambda base, rows: torch.addmm(base.float(), up[slice(*rows)], down).norm(dim=1),
+    )
     magnitude = _float(layer.lora_magnitude_vector[names[0]].weight)
-    norm = torch.addmm(base, up, down).norm(dim=1)
     return Factors("scaled_low_rank", {"up": up, "down": down, "scale": magnitude / norm})
 
 

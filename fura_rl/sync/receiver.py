@@ -8,7 +8,6 @@ where even that fails the engine refuses to generate.  Knows nothing of vLLM: it
 
 from __future__ import annotations
 
-import functools
 import os
 import time
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fura_rl.sync import payload
 from fura_rl.sync.base_weights import BaseWeights
-from fura_rl.sync.engine import LazyFactors, rounding_generator
+from fura_rl.sync.engine import rounding_generator
 from fura_rl.sync.factors import Factors
 from fura_rl.sync.fingerprint import Sample
 
@@ -56,6 +55,7 @@ class Receiver:
         self.base = base
         self.version = 0
         self.owner: str | None = None
+        self._last_owner: str | None = None
         self.phases: dict[str, float] = {}
         self._lease_ends = 0.0
         self._lease_seconds = 0.0
@@ -63,7 +63,8 @@ class Receiver:
         self._staged: Staged | None = None
         self._applied: Mapping[str, Factors] | None = None  # of `version`, to go back to
         self._applied_seed: int | None = None
-        self._changed: set[str] = set()  # tensors that are not the base's
+        self._changed: set[str] = set()  # weights that the owner has written
+        self._left_over: set[str] = set()  # weights that owners before have written
 
     # ---- ownership
 
@@ -89,6 +90,9 @@ class Receiver:
             )
         self.model.record(tensors)
         self._shapes = tensors
+        if owner != self._last_owner:
+            self._left_over |= self._changed
+            self._changed, self._last_owner = set(), owner
         self.owner, self._lease_seconds = owner, lease_seconds
         self._staged = None
         self.renew(owner)
@@ -147,12 +151,13 @@ class Receiver:
         started = time.monotonic()
         factors = self._validate(version)
         checked = time.monotonic()
+        self._changed |= factors.keys()
         try:
-            self._write(factors, rounding_seed)
+            self._write({**self._pristine(self._left_over - factors.keys()), **factors}, rounding_seed)
         except Exception:
             self._roll_back()
             raise
-        self.version, self._staged = version, None
+        self.version, self._staged, self._left_over = version, None, set()
         small = all(f.rule != "dense" for f in factors.values())
         self._applied, self._applied_seed = factors if small else None, rounding_seed
         self.phases |= {"validate": checked - started, "fold": time.monotonic() - checked}
@@ -168,21 +173,12 @@ class Receiver:
         payload.check(staged.factors, self._shapes)
         return {name: factors.to_device(self.model.device) for name, factors in staged.factors.items()}
 
-    def _write(self, factors: Mapping[str, Factors], seed: int | None) -> None:
-        """Fold `factors`, and take back to the base what another policy had changed and this one does not."""
-        left_over = {name: functools.partial(self._pristine, name) for name in self._changed - factors.keys()}
-        makers = {name: functools.partial(factors.__getitem__, name) for name in factors}
-        self._changed |= factors.keys()
-        self.model.write(
-            LazyFactors(makers | left_over),
-            self.base.read,
-            lambda name: rounding_generator(None if name in left_over else seed, name, self.model.device),
-        )
-        self._changed = set(factors)
+    def _pristine(self, names: set[str]) -> dict[str, Factors]:
+        """The base values of weights that another trainer has changed and the one that owns this engine does not."""
+        return {name: Factors("dense", {"weight": self.base.whole(name)}) for name in sorted(names)}
 
-    def _pristine(self, name: str) -> Factors:
-        shape = self.base.shape(name)
-        return Factors("dense", {"weight": self.base.read(name)((0, shape[0]), (0, shape[-1]))})
+    def _write(self, factors: Mapping[str, Factors], seed: int | None) -> None:
+        self.model.write(factors, self.base.read, lambda name: rounding_generator(seed, name, self.model.device))
 
     def _roll_back(self) -> None:
         """Fold the version before again; without it the model stays poisoned and refuses to generate."""

@@ -1,16 +1,33 @@
-"""Whole tensors of a policy whose parameters are sharded.  Gathering is a collective: every process must take part."""
+"""A policy whose parameters are cut up over processes: whole tensors, the rows held here, failing together.
+
+FSDP2's parameters are DTensors, ZeRO-3's carry `ds_*` attributes.  Gathering is a collective: every process of the
+trainer must take part, in the same order.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fura_rl.sync.factors import Span
 
 
+class PeerFailedError(RuntimeError):
+    """Another process of this trainer failed; its own error is the one to read."""
+
+
+def is_piece(tensor: torch.Tensor) -> bool:
+    """Whether this process holds only a part of `tensor`."""
+    return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The full tensor, without gradient: gathered from FSDP2's or ZeRO-3's shards, the same storage where unsharded."""
+    """The full tensor, without gradient: gathered from the pieces, the same storage where there are none."""
     if hasattr(tensor, "ds_id"):
         import deepspeed
 
@@ -20,9 +37,37 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The full tensor's shape, without a gather."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+@contextmanager
+def gathered(layer: nn.Module, but: nn.Module | None = None) -> Iterator[None]:
+    """Every parameter of `layer` whole and in its place meanwhile, except those of its submodule `but`.
+
+    Collective.  What is written to a gathered parameter is lost.
+    """
+    left_alone = set(but.modules()) if but is not None else set()
+    pieces = [
+        (module, name, parameter)
+        for module in layer.modules()
+        if module not in left_alone
+        for name, parameter in module._parameters.items()
+        if parameter is not None and is_piece(parameter)
+    ]
+    try:
+        for module, name, parameter in pieces:
+            module._parameters[name] = nn.Parameter(whole(parameter), requires_grad=parameter.requires_grad)
+        yield
+    finally:
+        for module, name, parameter in pieces:
+            module._parameters[name] = parameter
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of it."""
-    tensor = tensor.detach()
+    tensor = getattr(tensor, "ds_tensor", tensor).detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -30,12 +75,48 @@ def local_rows(tensor: torch.Tensor) -> Span:
     """The rows that this process holds, without a gather; none of them where the tensor is cut otherwise."""
     if not isinstance(tensor, DTensor):
         return (0, 0) if hasattr(tensor, "ds_id") else (0, tensor.shape[0])
-    if tensor.placements != (Shard(0),):
-        return (0, 0)
-    first = tensor.device_mesh.get_local_rank() * -(-tensor.shape[0] // tensor.device_mesh.size())
+    cut = [i for i, placement in enumerate(tensor.placements) if placement != Replicate()]
+    if not cut:
+        return 0, tensor.shape[0]
+    if len(cut) > 1 or tensor.placements[cut[0]] != Shard(0):
+        return 0, 0
+    mesh = tensor.device_mesh
+    first = min(mesh.get_local_rank(cut[0]) * -(-tensor.shape[0] // mesh.size(cut[0])), tensor.shape[0])
     return first, first + tensor.to_local().shape[0]
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether any parameter lives in pieces on several processes."""
-    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
+def by_rows(tensor: torch.Tensor, compute: Callable[[torch.Tensor, Span], torch.Tensor]) -> torch.Tensor:
+    """One value (rows,) for every row of `tensor`: `compute(piece, span)` of the rows held here, then gathered.
+
+    Only the values cross where the tensor is cut by rows, else the tensor itself.  Collective for a sharded one.
+    """
+    first, last = local_rows(tensor)
+    if not isinstance(tensor, DTensor) or not any(placement == Shard(0) for placement in tensor.placements):
+        return compute(whole(tensor), (0, whole_shape(tensor)[0]))
+    values = compute(local(tensor), (first, last))
+    pieces = DTensor.from_local(
+        values, tensor.device_mesh, tensor.placements, shape=torch.Size([tensor.shape[0]]), stride=(1,)
+    )
+    return pieces.full_tensor()
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Where one process fails in here, all of them do: nobody waits in a collective that the other never enters.
+
+    Raises:
+        PeerFailedError: where another process failed, with its words.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        words: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(words, None if failure is None else f"{type(failure).__name__}: {failure}")
+        failed = [(rank, text) for rank, text in enumerate(words) if text is not None]
+        if failure is None and failed:
+            raise PeerFailedError(f"process {failed[0][0]} of the trainer failed: {failed[0][1]}")
+    if failure is not None:
+        raise failure

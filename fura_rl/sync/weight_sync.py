@@ -22,7 +22,7 @@ from fura_rl.sync.fold import CheckpointWeight, checkpoint_weights
 from fura_rl.sync.fold_rules import shifts_its_base
 from fura_rl.sync.remote_engine import Follower
 from fura_rl.sync.rounding import ROUNDINGS
-from fura_rl.sync.sharding import local
+from fura_rl.sync.sharding import failing_together, local
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +125,7 @@ class WeightSync:
             raise ValueError(f"mode={mode!r} is not one of {', '.join(SYNC_MODES)}")
         self.model = model
         self.engine = engine
+        self.follows = isinstance(engine, Follower)  # another process of this trainer talks to the engine
         self.audit_every = audit_every
         self.mode = mode
         self.rounding = rounding
@@ -152,12 +153,12 @@ class WeightSync:
 
     def _base_samples(self) -> dict[str, Sample]:
         """A few numbers of every adapted base weight, which the engine's own must have as well."""
-        if self.engine.reads_the_trainers_base or isinstance(self.engine, Follower):
+        if self.engine.reads_the_trainers_base or self.follows:
             return {}
         return {
             name: base_sample(self._checkpoint_read(weight), weight.local_rows, weight.shape[1])
             for name, weight in self.weights.items()
-            if weight.layer is not None
+            if weight.layer is not None and weight.local_rows[0] < weight.local_rows[1]
         }
 
     def sync(self, everything: bool = False) -> SyncReport:
@@ -172,17 +173,20 @@ class WeightSync:
         """
         clock = [time.perf_counter()]
         self.weights = self._current_weights()
-        refuse_non_finite(self.weights.values())
+        with failing_together():
+            refuse_non_finite(self.weights.values())
         chosen = [
             weight
             for weight in self.weights.values()
             if everything or weight.trained or (self.version == 0 and weight.quantized is not None)
         ]
         watch = UpdateWatch(self)
-        push = self._push(chosen, watch)
-        clock.append(time.perf_counter())
-        gains = self._audit(chosen) if self.audit_every and self.version % self.audit_every == 0 else {}
-        clock.append(time.perf_counter())
+        audited = self.audit_every and self.version % self.audit_every == 0 and not self.follows
+        with failing_together():
+            push = self._push(chosen, watch)
+            clock.append(time.perf_counter())
+            gains = self._audit(chosen) if audited else {}
+            clock.append(time.perf_counter())
         self.version += 1
         gap = self._probe() if (self.version - 1) % self.probe_every == 0 else None
         clock.append(time.perf_counter())
@@ -195,7 +199,7 @@ class WeightSync:
             dense_bytes=sum(w.element_count for w in self.weights.values()) * self.engine.dtype.itemsize,
             probe_max_gap=gap,
             audit_gain_min=min(gains.values(), default=None),
-            update_cosine=watch.cosine.value() if watch.all_bases_kept else None,
+            update_cosine=watch.cosine.value() if watch.all_bases_kept and not self.follows else None,
         )
 
     def _push(self, chosen: list[CheckpointWeight], watch: UpdateWatch) -> Push:
@@ -259,18 +263,19 @@ class WeightSync:
         self.audit.accept(gains)
         return gains
 
-    def _probe(self) -> float:
+    def _probe(self) -> float | None:
         trainer = self.score(self.model, self.probe_token_ids)
-        if isinstance(self.engine, Follower):
-            return None
-        gap = probe.check(
-            self.engine.prompt_logprobs(self.probe_token_ids),
-            trainer,
-            tolerance=self.probe_tolerance,
-            previous=self._previous_logprobs,
-            engine_dtype=self.engine.dtype,
-            trainer_dtype=self.compute_dtype,
-        )
+        gap = None
+        with failing_together():
+            if not self.follows:
+                gap = probe.check(
+                    self.engine.prompt_logprobs(self.probe_token_ids),
+                    trainer,
+                    tolerance=self.probe_tolerance,
+                    previous=self._previous_logprobs,
+                    engine_dtype=self.engine.dtype,
+                    trainer_dtype=self.compute_dtype,
+                )
         self._previous_logprobs = trainer
         return gap
 
@@ -295,7 +300,7 @@ class UpdateWatch:
 
     def __init__(self, sync: WeightSync) -> None:
         self._audit = sync.audit if sync.audit_every else None
-        self._engine = sync.engine
+        self._engine, self._follows = sync.engine, sync.follows
         self._read = sync._checkpoint_read
         self.cosine = UpdateCosine()
         self.all_bases_kept = True  # whether every trained weight has its base value at hand, for the cosine
@@ -311,13 +316,13 @@ class UpdateWatch:
         if self.saw(weight):
             return
         self._seen.add(weight.name)
-        if len(weight.shape) != 2 or not weight.trained:
+        if self._follows or len(weight.shape) != 2 or not weight.trained:
             return
         started = time.perf_counter()
-        spans, columns = sample_spans(weight.local_rows), (0, weight.shape[1])
-        read = self._read(weight) if weight.layer is not None else None
+        spans, columns = sample_spans(whole_blocks(weight.local_rows, factors)), (0, weight.shape[1])
         if not spans:
             return
+        read = self._read(weight) if weight.layer is not None else None
         device = next(iter(factors.tensors.values())).device
         rounds = self._engine.dtype.itemsize < 4
 
@@ -337,6 +342,15 @@ class UpdateWatch:
         elif self._audit is not None:  # the engine's draw of each weight is not repeated row by row
             self._audit.expect(weight.name, exact if base is not None else delivered.float(), base, spans)
         self.seconds += time.perf_counter() - started
+
+
+def whole_blocks(rows: Span, factors: Factors) -> Span:
+    """Those of `rows` that fold from `rows` alone: row blocks that other processes share are left out."""
+    if factors.rule != "block_rows":
+        return rows
+    size = factors.tensors["update"].shape[-1]
+    first, last = -(-rows[0] // size) * size, rows[1] // size * size
+    return (first, last) if first < last else (rows[0], rows[0])
 
 
 def sampled_rows(

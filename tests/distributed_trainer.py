@@ -1,0 +1,139 @@
+"""One process of a two-process trainer, run by test_distributed.py under `accelerate launch`.
+
+    distributed_trainer.py CASE,CASE... MODEL SERVER_URL FOLDER
+
+Trains each case for a few steps, syncs to the server after each step, and writes what there is to compare, as
+FOLDER/CASE-PROCESS.pt: probe gaps, the payload as it was sent, the trained tensors, which base parameters were gathered.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from conftest import perturb_trained
+from fsdp2_on_cpu import allow_fsdp_on_cpu
+from peft import get_peft_model
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+from trl import ModelConfig
+
+from fura_rl.adapters.registry import peft_config_for
+from fura_rl.sync.http_transport import HttpTransport
+from fura_rl.sync.remote_engine import Follower, RemoteEngine
+from fura_rl.sync.sharding import PeerFailedError, is_piece, local, whole
+from fura_rl.sync.weight_sync import WeightSync
+
+TOKENS = [3 + 5 * i % 40 for i in range(40)]
+
+
+CASES = {
+    "fura": ("fura", None),
+    "fura-rows": ("fura", {"block_axis": "out"}),
+    "fura-core": ("fura", {"form": "core"}),
+    "lora": ("lora", None),
+    "dora": ("dora", None),
+    "full": ("full", None),
+}
+
+
+@contextmanager
+def gathers_of(parameters: list[torch.Tensor]) -> Iterator[list[tuple[int, ...]]]:
+    """Collects the shapes of those of the sharded `parameters` that `full_tensor` is called on meanwhile."""
+    places = {local(p).data_ptr() for p in parameters if is_piece(p)}
+    gathered: list[tuple[int, ...]] = []
+    original = DTensor.full_tensor
+
+    def noted(self, *args, **kwargs):
+        if self.to_local().data_ptr() in places:
+            gathered.append(tuple(self.shape))
+        return original(self, *args, **kwargs)
+
+    DTensor.full_tensor = noted
+    try:
+        yield gathered
+    finally:
+        DTensor.full_tensor = original
+
+
+def policy_of(case: str, model: str) -> torch.nn.Module:
+    """One of CASES on the checkpoint `model`, away from its start, where LoRA's factors hide each other's gradient."""
+    adapter, options = CASES[case]
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    config = peft_config_for(adapter, ModelConfig(), None, options)
+    policy = base if config is None else get_peft_model(base, config)
+    perturb_trained(policy, 0.02 if config is None else 0.3, seed=0)
+    return policy
+
+
+def train_and_sync(accelerator: Accelerator, case: str, model: str, url: str) -> dict[str, Any]:
+    policy = policy_of(case, model)
+    engine = RemoteEngine(HttpTransport(url)) if accelerator.is_main_process else Follower(torch.float32)
+    sync = WeightSync(policy, engine, TOKENS, probe_every=1)
+    optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=1e-2)
+    wrapped, optimizer = accelerator.prepare(policy, optimizer)
+    base = [p for p in policy.parameters() if not p.requires_grad]
+    reports = []
+    with gathers_of(base) as gathered:
+        for step in range(3):
+            seed = torch.Generator().manual_seed(step + 10 * accelerator.process_index)
+            tokens = torch.randint(3, 40, (2, 16), generator=seed)
+            accelerator.backward(wrapped(input_ids=tokens, labels=tokens).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            reports.append(sync.sync())
+    result = {
+        "kind": accelerator.distributed_type.value,
+        "processes": accelerator.num_processes,
+        "pieces": sum(is_piece(p) for p in policy.parameters()),
+        "gathered": gathered,
+        "gaps": [report.probe_max_gap for report in reports],
+        "gains": [report.audit_gain_min for report in reports],
+        "trained": {name: whole(p).clone() for name, p in policy.named_parameters() if p.requires_grad},
+    }
+    if accelerator.is_main_process:
+        result |= served(sync)
+    result["non-finite"] = error_of_a_nan_in_the_last_process(accelerator, policy, sync)
+    if accelerator.is_main_process:
+        engine.close()
+    return result
+
+
+def served(sync: WeightSync) -> dict[str, Any]:
+    """What was sent last, and what the engine makes of it."""
+    spans = {name: [(0, weight.shape[0])] for name, weight in sync.weights.items() if len(weight.shape) == 2}
+    return {
+        "payload": [chunk.data for chunk in sync.engine._last.chunks],
+        "logprobs": sync.engine.prompt_logprobs(TOKENS),
+        "replies": {name: reply.output for name, reply in sync.engine.kernel_replies(spans)[0].items()},
+    }
+
+
+@torch.no_grad()
+def error_of_a_nan_in_the_last_process(accelerator: Accelerator, policy: torch.nn.Module, sync: WeightSync) -> str:
+    if accelerator.is_last_process:
+        local(next(p for p in policy.parameters() if p.requires_grad)).fill_(float("nan"))
+    try:
+        sync.sync()
+    except (FloatingPointError, PeerFailedError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
+def main(cases: str, model: str, url: str, folder: str) -> None:
+    allow_fsdp_on_cpu()
+    accelerator = Accelerator(cpu=True)
+    for case in cases.split(","):
+        result = train_and_sync(accelerator, case, model, url)
+        torch.save(result, Path(folder) / f"{case}-{accelerator.process_index}.pt")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

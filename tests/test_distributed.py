@@ -1,0 +1,133 @@
+"""A trainer of two processes (gloo, DDP and FSDP2) with one real rollout server: the same bytes, the same engine."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from distributed_trainer import CASES, TOKENS, policy_of, served
+from peft import get_peft_model_state_dict
+from rollout_server import child_environment
+from safetensors.torch import load_file
+
+from fura_rl.sync.http_transport import HttpTransport
+from fura_rl.sync.remote_engine import RemoteEngine
+from fura_rl.sync.weight_sync import WeightSync
+
+pytestmark = pytest.mark.slow
+
+ACCELERATE = str(Path(sys.executable).parent / "accelerate")
+LAUNCHERS = {"ddp": "configs/accelerate/ddp_cpu.yaml", "fsdp2": "configs/accelerate/fsdp2.yaml"}
+NATS = 1e-5
+
+
+def launch(kind, *command, timeout=300):
+    done = subprocess.run(
+        [ACCELERATE, "launch", "--config_file", LAUNCHERS[kind], *map(str, command)],
+        capture_output=True, text=True, timeout=timeout, cwd=REPOSITORY, env=child_environment(OMP_NUM_THREADS="1"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(rollout_server, tmp_path_factory):
+    """Results of every case under one kind of sharding: (case, process) -> what distributed_trainer.py wrote."""
+    ran = {}
+
+    def get(kind):
+        if kind not in ran:
+            folder = tmp_path_factory.mktemp(kind)
+            server = rollout_server
+            launch(kind, "tests/distributed_trainer.py", ",".join(CASES), server.model, server.url, folder)
+            ran[kind] = {
+                (case, process): torch.load(folder / f"{case}-{process}.pt") for case in CASES for process in (0, 1)
+            }
+        return ran[kind]
+
+    return get
+
+
+@pytest.fixture
+def one_thread():
+    """As the launched processes have it: products of another number of threads may differ in their last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", LAUNCHERS)
+def test_a_sharded_trainer_brings_the_engine_where_a_single_process_does(
+    kind, case, trained, rollout_server, one_thread
+):
+    result, other = (trained(kind)[case, process] for process in (0, 1))
+    assert (result["kind"], result["processes"]) == ("FSDP" if kind == "fsdp2" else "MULTI_CPU", 2)
+    assert (result["pieces"] > 20) == (kind == "fsdp2"), "the policy must really be sharded"
+    assert max(result["gaps"]) < NATS
+    unseen = {"full": [None], "fura-core": [None] * 3 if kind == "fsdp2" else []}.get(case, [])  # no base to compare with
+    assert result["gains"] == [*unseen, *[pytest.approx(1.0, abs=0.01)] * (3 - len(unseen))]
+    assert other["gaps"] == [None] * 3
+    single = sync_in_one_process(case, result["trained"], rollout_server)
+    assert single["payload"] == result["payload"], "the same bytes"
+    assert torch.equal(single["logprobs"], result["logprobs"])
+    assert single["replies"].keys() == result["replies"].keys()
+    assert all(torch.equal(single["replies"][name], output) for name, output in result["replies"].items())
+
+
+def sync_in_one_process(case, tensors, server):
+    policy = policy_of(case, server.model)
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    assert trained.keys() == tensors.keys()
+    with torch.no_grad():
+        moved = max(float((p - tensors[name]).abs().max()) for name, p in trained.items())
+        for name, p in trained.items():
+            p.copy_(tensors[name])
+    assert moved > 0, "training must have changed something"
+    engine = RemoteEngine(HttpTransport(server.url))
+    sync = WeightSync(policy, engine, TOKENS, probe_every=1)
+    assert sync.sync().probe_max_gap < NATS
+    try:
+        return served(sync)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("full", "fura-core")])
+def test_no_base_weight_is_gathered_for_a_sync(case, trained):
+    assert all(trained("fsdp2")[case, process]["gathered"] == [] for process in (0, 1))
+
+
+@pytest.mark.parametrize("kind", LAUNCHERS)
+def test_a_nan_in_one_process_stops_them_all_with_its_words(kind, trained):
+    here, there = (trained(kind)["fura", process]["non-finite"] for process in (0, 1))
+    words = "q_proj.weight are not finite"
+    assert there.startswith("FloatingPointError")
+    assert here.startswith("PeerFailedError: process 1 of the trainer failed: FloatingPointError")
+    assert words in here
+    assert words in there
+
+
+@pytest.mark.parametrize("adapter", ["fura", "lora"])
+@pytest.mark.parametrize("kind", LAUNCHERS)
+def test_grpo_trains_in_two_processes_on_one_server(kind, adapter, rollout_server, tmp_path):
+    script = ["launch/grpo_math.py"] if kind == "ddp" else ["tests/fsdp2_on_cpu.py", "launch/grpo_math.py"]
+    server = ["--vllm_mode", "server", "--vllm_server_base_url", rollout_server.url]
+    launch(
+        kind, *script, "--config", "configs/quickstart.yaml", "--model_name_or_path", rollout_server.model, *server,
+        "--adapter", adapter, "--use_cpu", "true", "--per_device_train_batch_size", 16, "--max_steps", 3,
+        "--save_steps", 3, "--eval_problems", 0, "--sync_probe_every", 1, "--output_dir", tmp_path,
+    )  # fmt: skip
+    state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
+    steps = [entry for entry in state["log_history"] if "reward" in entry]
+    assert [entry["step"] for entry in steps] == [1, 2, 3]
+    assert all(entry["sync/probe_max_gap"] < NATS for entry in steps)
+    assert all(entry["sampling/sampling_logp_difference/max"] < 1e-4 for entry in steps), "rollouts are the policy's"
+    saved = load_file(tmp_path / "checkpoint-3" / "adapter_model.safetensors")
+    expected = get_peft_model_state_dict(policy_of(adapter, rollout_server.model))
+    assert {n: t.shape for n, t in saved.items()} == {n: t.shape for n, t in expected.items()}, "the checkpoint is whole"
+
