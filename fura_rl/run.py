@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import shutil
 import signal
@@ -18,7 +19,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProgressCallbac
 from trl import get_quantization_config
 
 from fura_rl import report
-from fura_rl.adapters.registry import find_method, peft_config_for
+from fura_rl.adapters.fura_tuner import PAPER_TARGETS
+from fura_rl.adapters.registry import check_method, find_method, own_settings, peft_config_for, trained_parameters
 from fura_rl.config import QUICKSTART, RunArguments, resolve_model
 from fura_rl.data import load_splits, pick_split, prepare
 from fura_rl.evaluation.sampling import Sampling, evaluate
@@ -62,7 +64,7 @@ def prepare_run(arguments: RunArguments) -> Run:
             first, the engine last.
     """
     script, training, model_args = arguments.script, arguments.training, arguments.model
-    find_method(script.adapter)
+    load_as_the_method_asks(arguments)
     peft_config = peft_config_for(script.adapter, model_args, script.adapter_target_modules, script.adapter_kwargs)
     reward_funcs = [load_reward(name) for name in script.reward_funcs]
     model_path = stand_in_for(arguments) if script.dry_run else resolve_model(model_args.model_name_or_path)
@@ -85,11 +87,48 @@ def prepare_run(arguments: RunArguments) -> Run:
         quantization_config=get_quantization_config(model_args),
         callbacks=[interrupt],
     )
+    train_as_the_method_asks(trainer, arguments)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(RewardProgress)
     if trainer.accelerator.is_main_process:
         report.write_record(Path(training.output_dir), arguments.resolved())
     return Run(arguments, trainer, tokenizer, held_out, interrupt)
+
+
+def load_as_the_method_asks(arguments: RunArguments) -> None:
+    """Quantized loading where the method means it, and a look at what the method cannot do.
+
+    Raises:
+        ValueError: see `check_method`; and where a quantized base is asked for without bitsandbytes.
+    """
+    script, model_args = arguments.script, arguments.model
+    method = find_method(script.adapter)
+    if method.load_in_4bit:
+        model_args.load_in_4bit, model_args.bnb_4bit_quant_type, model_args.use_bnb_nested_quant = True, "nf4", True
+    quantized = model_args.load_in_4bit or model_args.load_in_8bit
+    check_method(script.adapter, quantized=quantized, beta=arguments.training.beta)
+    if quantized and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"adapter={script.adapter!r} loads a quantized base: pip install 'fura-rl[quant]'")
+
+
+def train_as_the_method_asks(trainer: FuraGRPOTrainer, arguments: RunArguments) -> None:
+    """Freezing and optimizer of a method that has no PEFT config to bring them; trained tensors in float32.
+
+    TRL casts what is trained over a quantized base to bfloat16, which swallows small steps and which no other method
+    has to bear.
+    """
+    script = arguments.script
+    method = find_method(script.adapter)
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    if getattr(policy, "is_quantized", False):
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    if method.freeze is not None:
+        method.freeze(policy, script.adapter_target_modules or list(PAPER_TARGETS))
+    if method.optimizer is not None:
+        settings = own_settings(script.adapter, arguments.model, script.adapter_kwargs)
+        trainer.optimizer_cls_and_kwargs = method.optimizer(trainer.args, settings)
 
 
 def load_tokenizer(model_path: str, arguments: RunArguments) -> PreTrainedTokenizerBase:
@@ -216,13 +255,13 @@ def finish_dry_run(run: Run) -> int:
 
 
 def summarize(run: Run, after: report.Scores | None) -> report.RunSummary:
-    trainer = run.trainer
+    trainer, script = run.trainer, run.arguments.script
     policy = trainer.accelerator.unwrap_model(trainer.model)
     phases = {name: trainer.phase_seconds[name] for name in ("rollout", "reward", "sync")}
     phases["train"] = max(0.0, run.train_seconds - sum(phases.values()))
     return report.RunSummary(
-        adapter=run.arguments.script.adapter,
-        trained_parameters=sum(p.numel() for p in policy.parameters() if p.requires_grad),
+        adapter=script.adapter,
+        trained_parameters=trained_parameters(policy, script.adapter, run.arguments.model, script.adapter_kwargs),
         total_parameters=sum(p.numel() for p in policy.parameters()),
         steps=trainer.state.global_step,
         total_seconds=run.train_seconds,
