@@ -16,7 +16,7 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback, TrainerControl, TrainerState
-from trl import get_quantization_config
+from trl import ModelConfig, get_quantization_config
 
 from fura_rl import report
 from fura_rl.adapters.fura_tuner import PAPER_TARGETS
@@ -24,6 +24,7 @@ from fura_rl.adapters.registry import check_method, find_method, own_settings, p
 from fura_rl.config import QUICKSTART, RunArguments, resolve_model
 from fura_rl.data import load_splits, pick_split, prepare
 from fura_rl.evaluation.sampling import Sampling, evaluate
+from fura_rl.fingerprint import RecordBase, describe_base, record
 from fura_rl.trainer import FuraGRPOTrainer, SaveOnInterrupt
 from rewards import load_reward
 
@@ -39,6 +40,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     held_out: Dataset | None
     interrupt: SaveOnInterrupt
+    base: dict[str, Any] | None  # what an adapter is trained on, as it is recorded beside it
     before: report.Scores | None = None
     train_seconds: float = 0.0
 
@@ -77,6 +79,9 @@ def prepare_run(arguments: RunArguments) -> Run:
         "dtype": model_args.dtype,
     } | (training.model_init_kwargs or {})
     interrupt = SaveOnInterrupt()
+    base = (
+        None if peft_config is None else describe_base(model_path, model_args.model_revision, quantization(model_args))
+    )
     trainer = FuraGRPOTrainer(
         model=model_path,
         reward_funcs=reward_funcs,
@@ -85,14 +90,19 @@ def prepare_run(arguments: RunArguments) -> Run:
         processing_class=tokenizer,
         peft_config=peft_config,
         quantization_config=get_quantization_config(model_args),
-        callbacks=[interrupt],
+        callbacks=[interrupt, *([] if base is None else [RecordBase(base)])],
     )
     train_as_the_method_asks(trainer, arguments)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(RewardProgress)
     if trainer.accelerator.is_main_process:
         report.write_record(Path(training.output_dir), arguments.resolved())
-    return Run(arguments, trainer, tokenizer, held_out, interrupt)
+    return Run(arguments, trainer, tokenizer, held_out, interrupt, base)
+
+
+def quantization(model_args: ModelConfig) -> str | None:
+    """How the base is quantized, in the words of its record."""
+    return model_args.bnb_4bit_quant_type if model_args.load_in_4bit else "int8" if model_args.load_in_8bit else None
 
 
 def load_as_the_method_asks(arguments: RunArguments) -> None:
@@ -227,6 +237,8 @@ def finish(run: Run) -> int:
     trainer.save_model(str(output_dir))
     if not trainer.accelerator.is_main_process:
         return 0
+    if run.base is not None:
+        record(output_dir, run.base)
     if run.arguments.script.dry_run:
         return finish_dry_run(run)
     summary = summarize(run, after)

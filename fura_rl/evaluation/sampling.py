@@ -10,7 +10,7 @@ import torch
 
 from fura_rl.data import encode_prompts
 from fura_rl.evaluation.estimators import pass_at_k
-from rewards import grade
+from rewards import Grade, grade, last_boxed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,11 +33,13 @@ class Sample:
     """One completion and its verdict."""
 
     problem: int  # index of the problem
+    sample: int  # index among the problem's samples
     text: str
     token_ids: list[int]
     answer: str | None  # content of the last closed box
     gold: str
     correct: bool
+    reason: str  # "correct", "wrong", or why there is no answer: "no_box", "truncated"
     finish_reason: str  # "stop", or "length" where max_tokens cut it
 
 
@@ -80,12 +82,13 @@ def evaluate(
     sampling: Sampling,
     stop_token_ids: list[int] | None = None,
     progress: bool = True,
+    first_problem: int = 0,
 ) -> Evaluation:
     """Sample `sampling.n` completions for every prompt and grade each with the reward's own grader.
 
     The same seed gives the same samples; the caller's random state is left as it was.  The engine of this process
     draws from torch's global generator: a seed per request fails on CPU where a prompt is prefilled in chunks (vLLM
-    0.31 asks the CPU generator for an offset).
+    0.31 asks the CPU generator for an offset).  `first_problem` is the index of the first prompt in the benchmark.
 
     Raises:
         ValueError: where there are no prompts, or their number differs from that of the golds.
@@ -105,20 +108,32 @@ def evaluate(
     with torch.random.fork_rng():
         torch.manual_seed(sampling.seed)
         outputs = llm.generate(requests, params, use_tqdm=progress)
+    verdicts: dict[tuple[str | None, str], Grade] = {}
     samples = []
-    for index, (output, gold) in enumerate(zip(outputs, golds, strict=True)):
-        for completion in output.outputs:
-            text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-            verdict = grade(text, gold)
+    for problem, (output, gold) in enumerate(zip(outputs, golds, strict=True), first_problem):
+        texts = tokenizer.batch_decode([c.token_ids for c in output.outputs], skip_special_tokens=True)
+        for index, (completion, text) in enumerate(zip(output.outputs, texts, strict=True)):
+            answer = last_boxed(text)
+            if (answer, gold) not in verdicts:  # samples of a problem agree often, and comparing is the dear part
+                verdicts[answer, gold] = grade(text, gold)
+            verdict, finish_reason = verdicts[answer, gold], str(completion.finish_reason)
             samples.append(
                 Sample(
-                    problem=index,
+                    problem=problem,
+                    sample=index,
                     text=text,
                     token_ids=list(completion.token_ids),
                     answer=verdict.answer,
                     gold=gold,
                     correct=verdict.correct,
-                    finish_reason=str(completion.finish_reason),
+                    reason=reason_of(verdict, finish_reason),
+                    finish_reason=finish_reason,
                 )
             )
     return Evaluation(samples, sampling.n)
+
+
+def reason_of(verdict: Grade, finish_reason: str) -> str:
+    if verdict.answer is not None:
+        return "correct" if verdict.correct else "wrong"
+    return "truncated" if finish_reason == "length" else "no_box"
