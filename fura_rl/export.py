@@ -15,7 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import fura_rl  # noqa: F401  registers this package's methods with PEFT
 from fura_rl import fingerprint
+from fura_rl.adapters.quantized import keep_layout
 from fura_rl.config import resolve_model
+from fura_rl.model_card import write_card
+from fura_rl.sync import probe
 from fura_rl.sync.fold import checkpoint_weights
 
 if TYPE_CHECKING:
@@ -62,6 +65,8 @@ def load_policy(adapter: str, base_model: str, quantization: str | None, dtype: 
     model = AutoModelForCausalLM.from_pretrained(
         base_model, dtype=dtype, quantization_config=quantization_config(quantization)
     )
+    for module in model.modules():
+        keep_layout(module)  # a 4-bit weight must stay readable
     return PeftModel.from_pretrained(model, adapter).eval()
 
 
@@ -163,3 +168,47 @@ def total_error(errors: list[LayerError]) -> float:
     """|D - s B A| / |D| over all layers at once."""
     total = sum(error.update_norm**2 for error in errors)
     return (sum(error.error_norm**2 for error in errors) / total) ** 0.5 if total else 0.0
+
+
+PROBE_TEXT = "What is 27 + 15? Think step by step and put the final answer in \\boxed{}."
+
+
+def probe_gap(left: nn.Module, right: nn.Module, tokenizer: Any) -> float:
+    """Largest difference of log-probs, in nats, on a few tokens of text."""
+    ids = tokenizer(PROBE_TEXT)["input_ids"]
+    return probe.max_gap(probe.trainer_logprobs(left, ids), probe.trainer_logprobs(right, ids))
+
+
+def export(adapter: str, output_dir: Path, base_model: str | None, dtype: str, lora_rank: int | None) -> str:
+    """Write the export and its card; returns what to tell the user.
+
+    Raises:
+        ValueError: where the adapter or its base is not there or not the right one, the output exists, or the dtype or
+            rank has no meaning.
+    """
+    if not is_adapter(adapter):
+        raise ValueError(f"{adapter!r} has no {ADAPTER_FILE}, so is no adapter checkpoint")
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise ValueError(f"the output folder {str(output_dir)!r} exists and is not empty; name a new one")
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype {dtype!r} is not auto, float32, bfloat16 or float16")
+    base, recorded = base_of(adapter, base_model)
+    quantization = recorded["quantization"] if recorded else None
+    figures = {"base checked": "by fingerprint" if recorded and recorded["weights"] else "no, not recorded"}
+    if quantization:
+        figures["base in training"] = f"quantized ({quantization})"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    policy = load_policy(adapter, base, quantization)
+    if lora_rank is None:
+        fold_checkpoint(adapter, base, quantization, output_dir, dtype)
+        exported = AutoModelForCausalLM.from_pretrained(output_dir, dtype="auto").eval()
+        figures["dtype"] = str(exported.dtype).removeprefix("torch.")
+    else:
+        errors = export_lora(adapter, base, quantization, lora_rank, output_dir)
+        worst = max(errors, key=lambda error: error.relative)
+        figures["rank"] = str(lora_rank)
+        figures["relative error of the update"] = f"{total_error(errors):.4f}; {worst.name}: {worst.relative:.4f}"
+        exported = load_policy(str(output_dir), base, None)
+    figures["largest difference to the policy"] = f"{probe_gap(policy, exported, tokenizer):.2g} nats of log-prob"
+    write_card(output_dir, base, adapter, "folded" if lora_rank is None else "lora", figures)
+    return "\n".join([f"written  {output_dir}", *(f"{name}: {value}" for name, value in figures.items())])

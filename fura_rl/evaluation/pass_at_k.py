@@ -94,10 +94,12 @@ def plan_batches(problems: int, passes: dict[str, Sampling]) -> list[Batch]:
 
 
 def start_engine(checkpoint: str, dtype: str, memory_utilization: float | None, seed: int) -> LLM:
-    """A vLLM engine in this process."""
+    """A vLLM engine in this process; `dtype` "auto" is the checkpoint's own, where vLLM's would halve float32."""
     from vllm import LLM
     from vllm.platforms import current_platform
 
+    if dtype == "auto":
+        dtype = str(AutoConfig.from_pretrained(checkpoint).dtype or "auto").removeprefix("torch.")
     on_cpu = current_platform.is_cpu()
     memory_utilization = memory_utilization or (0.1 if on_cpu else 0.9)
     return LLM(
