@@ -222,6 +222,12 @@ def train(run: Run) -> None:
     run.train_seconds = time.perf_counter() - started
 
 
+def last_checkpoint(output_dir: Path) -> str | None:
+    """The newest whole checkpoint of a run folder, or None; one that a kill cut short lacks its state."""
+    found = [path for path in output_dir.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
+
+
 def finish(run: Run) -> int:
     """Save the policy, score it, print the table, draw the curve.  Returns the exit code."""
     trainer, training = run.trainer, run.arguments.training

@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         score,
         start_engine,
     )
-    from fura_rl.evaluation.run_folder import write_json
+    from fura_rl.report import write_json
 
     output = args.output or Path("outputs/eval") / Path(args.model).name
     benchmarks = {name: find_benchmark(name) for name in args.benchmark}

@@ -15,11 +15,13 @@ from fura_rl.evaluation.benchmarks import (
     minerva,
     olympiadbench,
     quickstart,
+    quickstart_validation,
 )
 from fura_rl.evaluation.benchmarks.benchmark import Benchmark
 
 BENCHMARKS: dict[str, Benchmark] = {
     "quickstart": quickstart.BENCHMARK,
+    "quickstart_validation": quickstart_validation.BENCHMARK,
     "math_500": math_500.BENCHMARK,
     "aime_24": aime_24.BENCHMARK,
     "aime_25": aime_25.BENCHMARK,
