@@ -290,7 +290,12 @@ def summarize(run: Run, after: report.Scores | None) -> report.RunSummary:
     )
 
 
-def die_with_parent() -> None:
-    """Under `accelerate launch`, end (with a checkpoint) when the launcher ends: no orphan keeps the machine busy."""
-    if sys.platform == "linux" and any(name.startswith("ACCELERATE_") for name in os.environ):
+def die_with_parent(launched: bool | None = None) -> None:
+    """Where another process launched this one, end (with a checkpoint) when it ends: no orphan keeps the machine busy.
+
+    By default that is so under `accelerate launch`.
+    """
+    if launched is None:
+        launched = any(name.startswith("ACCELERATE_") for name in os.environ)
+    if sys.platform == "linux" and launched:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
