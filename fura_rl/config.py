@@ -43,7 +43,10 @@ class MathScriptArguments(ScriptArguments):
     )
     reward_funcs: list[str] = field(
         default_factory=lambda: ["math_reward"],
-        metadata={"help": "Reward functions by name, or by dotted path to your own in TRL's signature."},
+        metadata={
+            "help": "Reward functions by name, or by dotted path to your own in TRL's signature; one with settings as "
+            "a call: 'overlong_penalty(max_tokens=2048, cache_tokens=512)'."
+        },
     )
     prompt_column: str | None = field(
         default=None, metadata={"help": "Column of the problem text; default: problem, question or prompt."}
@@ -113,7 +116,7 @@ HELP_GROUPS = {
     "Rollout engine and sync": (
         "vllm_mode", "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_enable_sleep_mode", "vllm_dtype",
         "vllm_enforce_eager", "sync_probe_every", "sync_probe_tolerance",
-        "sync_audit_every", "fold_rounding",
+        "sync_audit_every", "fold_rounding", "sync_mode", "vllm_server_base_url",
     ),
     "Run": (
         "output_dir", "seed", "bf16", "save_steps", "resume_from_checkpoint", "report_to", "log_completions", "dry_run",

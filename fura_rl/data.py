@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fura_rl.config import QUICKSTART, MathScriptArguments
-from rewards.equality import is_readable
-from rewards.extract import last_boxed
+from rewards import check_golds as grade_golds
+from rewards import gold_answer, last_boxed
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -165,9 +165,8 @@ def gold_text(value: Any, worked: bool) -> str:
     text = CALCULATOR_MARK.sub("", str(value)).strip()
     if "####" in text:
         return text.rpartition("####")[2].strip().replace(",", "")
-    boxed = last_boxed(text)
-    if boxed is not None:
-        return boxed.strip()
+    if last_boxed(text) is not None:
+        return gold_answer(text).strip()
     return "" if worked else text
 
 
@@ -192,10 +191,10 @@ def read_template(script: MathScriptArguments) -> str:
 
 
 def check_golds(golds: list[str]) -> GoldCheck:
-    from tqdm.auto import tqdm
-
-    progress = tqdm(golds, desc="Checking golds", disable=len(golds) < 1000, leave=False)
-    return GoldCheck(len(golds), [(row, gold) for row, gold in enumerate(progress) if not is_readable(gold)])
+    """Grade every gold against itself, by meaning: what the reward could not read as a gold is found here."""
+    verdicts = grade_golds(golds)
+    rows = zip(golds, verdicts, strict=True)
+    return GoldCheck(len(golds), [(row, gold) for row, (gold, verdict) in enumerate(rows) if not verdict.correct])
 
 
 def report_golds(check: GoldCheck, source: str, answer_column: str) -> None:

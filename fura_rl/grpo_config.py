@@ -19,8 +19,24 @@ class FuraGRPOConfig(GRPOConfig):
         default=None,
         metadata={"help": "Run the engine without graph capture and compilation; default: only on CPU."},
     )
+    sync_mode: str = field(
+        default="auto",
+        metadata={
+            "help": "What a weight sync sends: factored (small adapter tensors, folded where the engine is), dense "
+            "(whole weights), or auto (factored where the method has a small form).",
+            "choices": ["auto", "dense", "factored"],
+        },
+    )
+    sync_transport: str = field(
+        default="auto",
+        metadata={
+            "help": "How a sync reaches a rollout server: file (memory shared on one host), inline (in the request), "
+            "or auto (a file where the server's address is loopback).",
+            "choices": ["auto", "file", "inline"],
+        },
+    )
     sync_probe_every: int = field(
-        default=1, metadata={"help": "Prove every N-th weight sync with a probe prompt; the first is always proved."}
+        default=10, metadata={"help": "Prove every N-th weight sync with a probe prompt; the first is always proved."}
     )
     sync_probe_tolerance: float | None = field(
         default=None,

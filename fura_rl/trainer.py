@@ -10,13 +10,13 @@ import functools
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 import trl.generation.vllm_generation as trl_vllm
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 from peft import PeftConfig
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -25,10 +25,13 @@ from trl import GRPOConfig, GRPOTrainer
 from fura_rl.adapters.fura_config import FuraConfig
 from fura_rl.adapters.fura_tuner import restore_core_dtype
 from fura_rl.data import encode_prompts
+from fura_rl.rollout_client import TRANSPORTS, RolloutClient, client_factory
 from fura_rl.sync import probe
+from fura_rl.sync.engine import RolloutEngine
+from fura_rl.sync.remote_engine import Follower
 from fura_rl.sync.rounding import ROUNDINGS
 from fura_rl.sync.vllm_engine import InProcessEngine, cpu_cache_settings
-from fura_rl.sync.weight_sync import SyncReport, WeightSync
+from fura_rl.sync.weight_sync import SYNC_MODES, SyncReport, WeightSync
 
 TRL_VERSIONS_READ = "1.16"
 PROBE_TOKENS = 64
@@ -61,7 +64,10 @@ class FuraGRPOTrainer(GRPOTrainer):
         self.sync_reports: list[SyncReport] = []
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         timed = [self._timed("reward", reward) if callable(reward) else reward for reward in rewards if reward]
-        with engine_class(self._make_engine):
+        self._client: RolloutClient | None = None
+        transport = getattr(args, "sync_transport", "auto")
+        client = client_factory(transport, keep=lambda client: setattr(self, "_client", client))
+        with trl_builds_with(LLM=self._make_engine, VLLMClient=client):
             super().__init__(model, timed, args, peft_config=peft_config, **kwargs)
         keep_core_dtype(self.accelerator.unwrap_model(self.model))
         if self.use_vllm:
@@ -94,9 +100,10 @@ class FuraGRPOTrainer(GRPOTrainer):
         policy = self.accelerator.unwrap_model(self.model)
         self.weight_sync = WeightSync(
             policy,
-            InProcessEngine(generation.llm),
+            self._rollout_engine(generation),
             self._probe_token_ids(),
-            probe_every=getattr(self.args, "sync_probe_every", 1),
+            mode=getattr(self.args, "sync_mode", "auto"),
+            probe_every=getattr(self.args, "sync_probe_every", 10),
             probe_tolerance=getattr(self.args, "sync_probe_tolerance", None),
             audit_every=getattr(self.args, "sync_audit_every", 1),
             rounding=getattr(self.args, "fold_rounding", "nearest"),
@@ -107,18 +114,28 @@ class FuraGRPOTrainer(GRPOTrainer):
         generation.sync_weights = self.sync_weights
         generation.generate = self._timed("rollout", generation.generate)
 
+    def _rollout_engine(self, generation: Any) -> RolloutEngine:
+        """The engine as this process sees it: in this process, behind a server, or as another process's business."""
+        if generation.mode == "colocate":
+            return InProcessEngine(generation.llm)
+        dtype = [str(self._client.engine.dtype).removeprefix("torch.") if self._client else None]
+        broadcast_object_list(dtype, from_process=0)
+        return self._client.engine if self._client else Follower(getattr(torch, dtype[0]))
+
     def sync_weights(self) -> None:
         """Bring the engine to the policy's weights and prove it.  TRL calls this before a generation of a new step."""
         generation = self.vllm_generation
         started = time.perf_counter()
-        if generation.enable_sleep_mode:  # the engine gave its memory back, weights included (sleep level 2)
+        asleep = generation.mode == "colocate" and generation.enable_sleep_mode
+        if asleep:  # the engine gave its memory back, weights included (sleep level 2)
             trl_vllm.empty_cache()
             generation.llm.wake_up(tags=["weights"])
             generation.llm.wake_up(tags=["kv_cache"])  # the probe generates; TRL's own wake-up is then a no-op
             generation._llm_weights_sleeping = False
-        report = self.weight_sync.sync(everything=generation.enable_sleep_mode)
+        report = self.weight_sync.sync(everything=asleep)
         self.sync_reports.append(report)
         self._last_loaded_step = self.state.global_step
+        self.accelerator.wait_for_everyone()
         mode = "train" if self.model.training else "eval"
         for name, value in report.metrics().items():
             self._metrics[mode][name].append(value)
@@ -158,14 +175,16 @@ def check_settings(args: GRPOConfig | None, peft_config: PeftConfig | None) -> N
         ValueError: with every fault at once.
     """
     faults = []
-    if args is not None and args.use_vllm and args.vllm_mode != "colocate":
-        faults.append(f"vllm_mode={args.vllm_mode!r} is not built yet; use vllm_mode='colocate'")
-    if args is not None and args.distributed_state.distributed_type in (
-        DistributedType.FSDP,
-        DistributedType.DEEPSPEED,
-    ):
-        kind = args.distributed_state.distributed_type.value
-        faults.append(f"{kind} shards the policy, and a sync of sharded weights is not built yet; use DDP")
+    kind = args.distributed_state.distributed_type if args is not None else DistributedType.NO
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and args.use_vllm and args.vllm_mode == "colocate":
+        faults.append(
+            f"{kind.value} shards the policy, and vllm_mode='colocate' folds from whole base weights: use "
+            "vllm_mode='server', where the engine reads its own, or DDP"
+        )
+    if (transport := getattr(args, "sync_transport", "auto")) not in TRANSPORTS:
+        faults.append(f"sync_transport={transport!r} must be one of {', '.join(TRANSPORTS)}")
+    if (mode := getattr(args, "sync_mode", "auto")) not in SYNC_MODES:
+        faults.append(f"sync_mode={mode!r} must be one of {', '.join(SYNC_MODES)}")
     if set(getattr(peft_config, "modules_to_save", None) or ()) & {"embed_tokens", "lm_head"}:
         faults.append(
             "modules_to_save with embed_tokens or lm_head drifts from the engine where the two are tied; leave them out"
@@ -181,14 +200,17 @@ def check_settings(args: GRPOConfig | None, peft_config: PeftConfig | None) -> N
 
 
 @contextmanager
-def engine_class(factory: Callable[..., Any]) -> Any:
-    """Let TRL build its engine through `factory`: it passes vLLM neither dtype nor revision nor enforce_eager."""
-    original = getattr(trl_vllm, "LLM", None)
-    trl_vllm.LLM = factory
+def trl_builds_with(**factories: Callable[..., Any]) -> Iterator[None]:
+    """Let TRL build its engine or its client through ours: it passes vLLM neither dtype nor revision nor
+    enforce_eager, and its client synchronises weights over NCCL only."""
+    originals = {name: getattr(trl_vllm, name, None) for name in factories}
+    for name, factory in factories.items():
+        setattr(trl_vllm, name, factory)
     try:
         yield
     finally:
-        trl_vllm.LLM = original
+        for name, original in originals.items():
+            setattr(trl_vllm, name, original)
 
 
 def take_over(trainer: GRPOTrainer) -> Any:
@@ -203,9 +225,11 @@ def take_over(trainer: GRPOTrainer) -> Any:
     missing = [f"GRPOTrainer.{name}" for name in ("_last_loaded_step", "_metrics") if not hasattr(trainer, name)]
     missing += [
         f"VLLMGeneration.{name}"
-        for name in ("llm", "sync_weights", "generate", "enable_sleep_mode", "_llm_weights_sleeping")
+        for name in ("sync_weights", "generate", "enable_sleep_mode", "mode")
         if not hasattr(generation, name)
     ]
+    if getattr(generation, "mode", None) == "colocate":
+        missing += [f"VLLMGeneration.{n}" for n in ("llm", "_llm_weights_sleeping") if not hasattr(generation, n)]
     if missing:
         raise RuntimeError(
             f"TRL {trl.__version__} lacks {', '.join(missing)}. fura_rl reads TRL {TRL_VERSIONS_READ}: install that "

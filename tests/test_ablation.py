@@ -105,8 +105,8 @@ def fake_cell(output, cell, right, validation, rewards):
     test = RunFolder.open(folder / "test", {"benchmark": "quickstart"}, {})
     test.append(
         {
-            "pass": "sampled", "batch": 0, "problem": p, "sample": s, "correct": s < count, "reason": "x",
-            "answer": "1" if s < count else "2", "finish_reason": "stop", "token_ids": [],
+            "pass": "sampled", "batch": 0, "problem": p, "sample": s, "correct": s < count, "status": "x",
+            "answer": "1" if s < count else "2", "finish_reason": "stop", "token_ids": [], "source": "box",
         }
         for p, count in enumerate(right)
         for s in range(4)

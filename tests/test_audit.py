@@ -1,9 +1,11 @@
 """The arithmetic of the audit, on plain matrices in place of an engine's kernels."""
 
+import itertools
+
 import pytest
 import torch
 
-from fura_rl.sync.audit import KernelAudit, stale_modules
+from fura_rl.sync.audit import KernelAudit, KernelReply, complete_replies, probe_vectors, sample_spans, stale_modules
 
 
 class Matrices:
@@ -13,8 +15,13 @@ class Matrices:
         self.dtype = dtype
         self.weights = {name: weight.to(dtype) for name, weight in weights.items()}
 
-    def kernel_output(self, name, x):
-        return x.to(self.dtype) @ self.weights[name].mT if name in self.weights else None
+    def kernel_replies(self, spans):
+        replies = {}
+        for name in spans.keys() & self.weights.keys():
+            weight = torch.cat([self.weights[name][slice(*span)] for span in spans[name]])
+            x = probe_vectors(weight.shape[1], weight.device).to(self.dtype)
+            replies[name] = KernelReply((x @ weight.mT).float(), torch.ones(len(weight)))
+        return [replies]
 
 
 @pytest.fixture
@@ -23,7 +30,7 @@ def base():
 
 
 def expect(audit, weight, base, name="layer"):
-    audit.expect(name, weight, base, owner=name, rows=(0, weight.shape[0]))
+    audit.expect(name, weight, base, sample_spans((0, weight.shape[0])))
 
 
 def test_gain_is_1_for_the_new_weight_0_for_the_old_and_what_lies_between(base):
@@ -67,3 +74,21 @@ def test_a_layer_the_engine_does_not_have_is_left_out(base):
     audit = KernelAudit()
     expect(audit, base + 1, base, name="elsewhere")
     assert audit.gains(Matrices(torch.float32)) == {}
+
+
+def test_partial_sums_of_workers_add_up_and_every_holder_of_a_whole_row_answers_for_itself():
+    halves = [KernelReply(torch.full((4, 3), float(i)), torch.full((3,), 0.5)) for i in (1, 2)]
+    [(reply, features)] = complete_replies(halves)
+    assert reply.unique().item() == 3.0
+    assert features.all()
+    first, second = torch.tensor([1.0, 1.0, 0.0]), torch.tensor([0.0, 1.0, 1.0])
+    replies = complete_replies([KernelReply(torch.ones(4, 3), first), KernelReply(torch.ones(4, 3), second)])
+    assert [features.tolist() for _, features in replies] == [[True, True, False], [False, True, True]]
+
+
+def test_samples_are_spread_from_the_first_row_to_the_last_without_overlap():
+    assert sample_spans((0, 100)) == [(0, 100)]
+    spans = sample_spans((0, 3072))
+    assert spans[0][0] == 0
+    assert spans[-1][1] == 3072
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))

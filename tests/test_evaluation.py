@@ -149,18 +149,14 @@ def test_duplicates_count_twice_where_that_is_asked_for(tokenizer, tmp_path):
     assert [problem.groups for problem in problems] == [{"level": "1"}] * 2
 
 
-def test_a_gold_that_fails_its_own_grader_is_refused(tokenizer, tmp_path):
-    rows = [{"problem": "1+1?", "answer": "2"}, {"problem": "why?", "answer": "\\frac{1}{"}]
-    with pytest.raises(ValueError, match=r"1 golds of .* fail their own grader: row 1: '.*frac\{1\}\{'"):
-        load_problems(local(tmp_path, rows), tokenizer)
-
-
-def test_a_gold_that_cannot_be_parsed_is_kept_and_named(tokenizer, tmp_path, caplog):
-    rows = [{"problem": f"{i}?", "answer": str(i)} for i in range(3)] + [{"problem": "why?", "answer": "?"}]
-    problems = load_problems(local(tmp_path, rows), tokenizer)
-    assert len(problems) == 4
-    assert "1 of 4 golds" in caplog.text
-    assert "rows 3" in caplog.text
+def test_golds_that_fail_their_own_grader_are_refused_or_named_and_kept(tokenizer, tmp_path, caplog):
+    rows = [{"problem": f"{i}?", "answer": str(i)} for i in range(99)] + [{"problem": "why?", "answer": "\\frac{1}{"}]
+    with pytest.raises(ValueError, match=r"1 of 11 golds of .* fail their own grader: row 10: '.*frac\{1\}\{'"):
+        load_problems(local(tmp_path, rows[-11:]), tokenizer)
+    (tmp_path / "whole").mkdir()
+    assert len(load_problems(local(tmp_path / "whole", rows), tokenizer)) == 100
+    assert "row 99" in caplog.text
+    assert "they stay in the denominator" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -197,10 +193,11 @@ def test_batches_cover_every_problem_once_and_have_seeds_of_their_own():
 
 
 def row(problem, sample, correct, answer, name="sampled", batch=0):
-    reason = "correct" if correct else "no_box" if answer is None else "wrong"
+    status = "correct" if correct else "no_answer" if answer is None else "incorrect"
     return {
         "pass": name, "batch": batch, "problem": problem, "sample": sample, "correct": correct, "answer": answer,
-        "reason": reason, "finish_reason": "length" if answer is None else "stop", "token_ids": [1, 2],
+        "status": status, "source": None if answer is None else "box",
+        "finish_reason": "length" if answer is None else "stop", "token_ids": [1, 2],
     }  # fmt: skip
 
 
@@ -226,7 +223,7 @@ def test_scores_of_samples_by_hand():
     assert summary["groups"]["level"]["5"]["scores"]["pass@2"]["mean"] == pytest.approx(0.5)
     assert summary["samples"]["sampled"]["no_answer_frac"] == 1 / 8
     assert summary["samples"]["sampled"]["truncated_frac"] == 1 / 8
-    assert summary["samples"]["sampled"]["reasons"] == {"correct": 4, "no_box": 1, "wrong": 3}
+    assert summary["samples"]["sampled"]["statuses"] == {"correct": 4, "incorrect": 3, "no_answer": 1}
 
 
 def test_paired_differences_are_narrower_than_the_scores_where_problems_agree():

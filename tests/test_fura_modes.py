@@ -125,7 +125,7 @@ def test_low_cpu_mem_usage_loads_without_converting_again(tmp_path, monkeypatch)
     def refuse(*args):
         raise AssertionError("the saved basis makes a conversion needless")
 
-    monkeypatch.setattr("fura_rl.adapters.blocks.svd_frame", refuse)
+    monkeypatch.setattr("fura_rl.adapters.frames.svd_frame", refuse)
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, low_cpu_mem_usage=True)
     x = torch.randn(3, 24)
     assert torch.equal(loaded(x), model(x))

@@ -88,7 +88,7 @@ def test_an_independent_grader_and_estimator_agree_with_the_summary(unkilled):
     assert summary["scores"]["pass@16"]["mean"] == pytest.approx(sum(map(any, sampled)) / 300)
     assert summary["scores"]["pass^16"]["mean"] == pytest.approx(sum(map(all, sampled)) / 300)
     assert f"{summary['scores']['pass@4']['mean']:.3f}" in text
-    wanted = {"pass", "prompt", "token_ids", "text", "answer", "gold", "correct", "reason", "finish_reason"}
+    wanted = {"pass", "prompt", "token_ids", "text", "answer", "gold", "correct", "status", "reason", "finish_reason"}
     assert all(wanted <= row.keys() for row in rows)
 
 

@@ -1,7 +1,5 @@
 """Weight sync into a real vLLM engine of this process: parity after many syncs, and alarms when something is wrong."""
 
-import logging
-
 import pytest
 import torch
 from conftest import PARITY_NATS, perturb_trained
@@ -13,7 +11,7 @@ from fura_rl.adapters.fura_tuner import fura_layers
 from fura_rl.adapters.registry import METHODS, peft_config_for
 from fura_rl.sync import probe
 from fura_rl.sync.vllm_engine import InProcessEngine, find_model_runner
-from fura_rl.sync.weight_sync import UpdateCosine, WeightSync, owner
+from fura_rl.sync.weight_sync import UpdateCosine, WeightSync
 
 PROMPT = "<|user|>What is 27 + 15?<|end|><|assistant|>27+15=42 \\boxed{42}"
 
@@ -42,12 +40,24 @@ def engines(tied_checkpoint, untied_checkpoint, bfloat16_checkpoint):
     return get
 
 
+def leave_out(sync, monkeypatch, skipped, times=2):
+    """A fault: the engine does not write the modules for which `skipped(module)`, the first `times` times."""
+    write, calls = sync.engine.model._write_module, []
+
+    def faulty(module, *args):
+        calls.append(module)
+        if not (skipped(module) and calls.count(module) <= times):
+            write(module, *args)
+
+    monkeypatch.setattr(sync.engine.model, "_write_module", faulty)
+
+
 def make_sync(engine, folder, adapter, targets=None, dtype=torch.float32, adapter_kwargs=None, **loading):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **loading)
     config = peft_config_for(adapter, ModelConfig(), targets, adapter_kwargs)
     policy = model if config is None else get_peft_model(model, config)
     tokens = AutoTokenizer.from_pretrained(folder)(PROMPT)["input_ids"]
-    sync = WeightSync(policy, engine, tokens)
+    sync = WeightSync(policy, engine, tokens, probe_every=1)
     sync.sync(everything=True)  # engines are shared between tests: start from this policy's own weights
     return policy, sync
 
@@ -156,27 +166,18 @@ def test_the_audit_names_the_one_kernel_left_behind_by_a_small_bfloat16_update(e
     for layer in fura_layers(policy):
         core = layer.fura_core["default"]
         core.fit(1.7e-3 / core.block_size**0.5 * torch.randn(core.delta_r.shape[0], *[core.block_size] * 2))
-    load = sync.engine.load
-    left_out = "model.layers.1.self_attn.o_proj.weight"
-    monkeypatch.setattr(sync.engine, "load", lambda weights: load(w for w in weights if w[0] != left_out))
+    leave_out(sync, monkeypatch, lambda module: module == "model.layers.1.self_attn.o_proj")
     with pytest.raises(probe.StaleEngineError, match=r"1 of 14 modules .*twice: model\.layers\.1\.self_attn\.o_proj"):
         sync.sync()
     monkeypatch.undo()
     assert sync.sync().audit_gain_min > 0.7
 
 
-def test_a_load_that_fails_once_is_repeated(engines, monkeypatch, caplog):
+def test_a_write_that_fails_once_is_repeated(engines, monkeypatch, caplog):
     policy, sync = make_sync(*engines("tied"), "fura")
     perturb_trained(policy, 0.2, seed=0)
-    load, calls = sync.engine.load, []
-
-    def fail_once(weights):
-        calls.append(None)
-        load(w for w in weights if len(calls) > 1 or ".mlp.down_proj." not in w[0])
-
-    monkeypatch.setattr(sync.engine, "load", fail_once)
+    leave_out(sync, monkeypatch, lambda module: module == "model.layers.0.mlp.down_proj", times=1)
     report = sync.sync()
-    assert len(calls) == 2
     assert report.audit_gain_min == pytest.approx(1.0, abs=0.01)
     assert report.probe_max_gap < PARITY_NATS
     assert "model.layers.0.mlp.down_proj" in caplog.text
@@ -185,7 +186,7 @@ def test_a_load_that_fails_once_is_repeated(engines, monkeypatch, caplog):
 def test_a_sync_of_which_nothing_arrives_is_named_stale_by_the_audit(engines, monkeypatch):
     policy, sync = make_sync(*engines("tied"), "fura")
     perturb_trained(policy, 0.2, seed=0)
-    monkeypatch.setattr(sync.engine, "load", lambda weights: list(weights))
+    leave_out(sync, monkeypatch, lambda module: True)
     with pytest.raises(probe.StaleEngineError, match=r"14 of 14 modules .*nothing of this sync arrived"):
         sync.sync()
 
@@ -211,7 +212,7 @@ def test_a_sync_that_does_not_arrive_is_named_stale(engines, monkeypatch):
     policy, sync = make_sync(*engines("tied"), "fura")
     sync.audit_every = 0
     perturb_trained(policy, 0.2, seed=0)
-    monkeypatch.setattr(sync.engine, "load", lambda weights: list(weights))
+    leave_out(sync, monkeypatch, lambda module: True)
     with pytest.raises(probe.StaleEngineError, match="still serves the weights of the sync before"):
         sync.sync()
 
@@ -220,9 +221,7 @@ def test_one_layer_left_out_of_the_sync_stops_the_run(engines, monkeypatch):
     policy, sync = make_sync(*engines("tied"), "fura")
     sync.audit_every = 0
     perturb_trained(policy, 0.2, seed=0)
-    load = sync.engine.load
-    without = ".mlp.down_proj."
-    monkeypatch.setattr(sync.engine, "load", lambda weights: load(w for w in weights if without not in w[0]))
+    leave_out(sync, monkeypatch, lambda module: module.endswith(".mlp.down_proj"))
     with pytest.raises(probe.StaleEngineError, match=r"differ by .* nats at probe token .*a part of the weights"):
         sync.sync()
 
@@ -230,7 +229,7 @@ def test_one_layer_left_out_of_the_sync_stops_the_run(engines, monkeypatch):
 def test_a_stale_tied_output_head_stops_the_run(engines, monkeypatch):
     policy, sync = make_sync(*engines("tied"), "full")
     perturb_trained(policy, 0.2, seed=0)
-    monkeypatch.setattr(sync.engine, "_repack_tied_output_head", lambda: None)
+    monkeypatch.setattr(sync.engine.model, "_repack_tied_head", lambda written: None)
     with pytest.raises(probe.StaleEngineError):
         sync.sync()
 
@@ -245,20 +244,6 @@ def test_non_finite_weights_stop_the_run_and_the_engine_recovers(engines):
     with torch.no_grad():
         core.zero_()
     assert sync.sync().probe_max_gap < PARITY_NATS
-
-
-def test_vllms_warnings_about_partial_reloads_are_silenced_only_during_a_sync(engines, caplog):
-    _, sync = make_sync(*engines("tied"), "fura")
-    logger = logging.getLogger("vllm.v1.worker.gpu_model_runner")
-    level = logger.level
-    sync.sync()
-    assert logger.level == level
-
-
-def test_owner_of_a_fused_member_is_the_fused_module():
-    fused = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-    assert owner("model.layers.0.self_attn.k_proj", fused) == "model.layers.0.self_attn.qkv_proj"
-    assert owner("model.layers.0.self_attn.o_proj", fused) == "model.layers.0.self_attn.o_proj"
 
 
 def test_an_engine_of_another_layout_is_refused_with_the_versions_read():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import platform
@@ -9,12 +10,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from fura_rl.benchmark.budget import Budget
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,21 @@ class Settings:
     tokens: tuple[int, ...]
     repeats: int
     seconds: float  # a measurement stops repeating after this long, but never before three repeats
-    model: str  # a key of `models.SIZES`: the model of the whole-model benchmarks
+    sizes: tuple[str, ...]  # keys of `models.SIZES` whose layers are measured
+    model: str  # another: the model of the whole-model benchmarks
+    budget: Budget = field(default_factory=Budget)
 
 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def release(device: torch.device) -> None:
+    """Give back what the models before held, so that the next one's peak is its own."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def interleaved_medians(
@@ -78,6 +90,27 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
         held += change
         most = max(most, held)
     return most
+
+
+def peak_process_bytes(call: Callable[[], Any], device: torch.device) -> int:
+    """As `peak_bytes`, for calls with threads of their own, which the profiler does not see.
+
+    On a CPU the growth of the process's resident memory, libraries' workspaces included (Linux only).
+    """
+    if device.type == "cuda" or not Path("/proc/self/clear_refs").exists():
+        return peak_bytes(call, device)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else freed memory that the allocator kept would hide what the call needs
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here: proc(5)
+    before = resident_bytes("VmRSS")
+    call()
+    return resident_bytes("VmHWM") - before
+
+
+def resident_bytes(field_name: str) -> int:
+    """`VmRSS` (now) or `VmHWM` (the most) of this process: proc(5)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field_name))
+    return 1024 * int(line.split()[1])
 
 
 def saved_activation_bytes(call: Callable[[], Any], module: nn.Module) -> int:

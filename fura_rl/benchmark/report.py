@@ -33,6 +33,8 @@ def write(out: Path, results: dict[str, list[dict[str, Any]]], machine: dict[str
     files = [out / "benchmark.json", out / "benchmark.md"]
     files[0].write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
     sections = [machine_line(machine)] + [f"## {name}\n\n{markdown(rows)}" for name, rows in results.items() if rows]
+    if machine.get("skipped"):
+        sections.append("Skipped: " + "; ".join(machine["skipped"]))
     files[1].write_text("\n\n".join(sections) + "\n")
     if results.get("layer"):
         files += plot_layer(out / "layer.png", results["layer"], machine)

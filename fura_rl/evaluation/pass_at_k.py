@@ -187,7 +187,8 @@ def print_summary(summary: dict[str, Any], title: str, passes: dict[str, Samplin
         s = passes[name]
         console.print(
             f"{name}: {summary['problems']} problems, {s.n} each, temperature {s.temperature:g}, top-p {s.top_p:g}; "
-            f"{part['truncated_frac']:.1%} cut at {s.max_tokens} tokens, {part['no_answer_frac']:.1%} without answer",
+            f"{part['truncated_frac']:.1%} cut at {s.max_tokens} tokens, {part['no_answer_frac']:.1%} without a box "
+            f"({part['phrase_correct_frac']:.1%} right in words, not counted), {part['ungraded_frac']:.1%} not graded",
             highlight=False,
             soft_wrap=True,
         )

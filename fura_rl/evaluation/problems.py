@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fura_rl.data import (
     ANSWER_COLUMNS,
     PROMPT_COLUMNS,
+    UNREADABLE_GOLD_LIMIT_FRAC,
     as_messages,
     find_column,
     gold_text,
@@ -26,8 +27,7 @@ from fura_rl.data import (
     read_template,
 )
 from fura_rl.evaluation.benchmarks.benchmark import Benchmark
-from rewards import grade
-from rewards.equality import is_readable
+from rewards import check_golds as grade_golds
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -104,24 +104,22 @@ def convert(dataset: Dataset, benchmark: Benchmark, chat: bool) -> list[Problem]
 
 
 def check_golds(problems: Sequence[Problem], source: str) -> None:
-    """Every gold must be there and be accepted by the grader; one that cannot be parsed is compared as text.
+    """Every gold must be there and be accepted by the grader; the few that are not stay, and count as never right.
 
     Raises:
-        ValueError: with the first rows at fault.
+        ValueError: where a gold is missing, or more than 1% fail, with the first rows at fault.
     """
     missing = [row for row, problem in enumerate(problems) if not problem.gold.strip()]
     if missing:
         raise ValueError(f"{source} has no gold in {len(missing)} of {len(problems)} rows: {first_rows(missing)}")
-    failing = [row for row, p in enumerate(problems) if not grade(f"\\boxed{{{p.gold}}}", p.gold).correct]
+    verdicts = grade_golds([problem.gold for problem in problems])
+    failing = [row for row, verdict in enumerate(verdicts) if not verdict.correct]
     if failing:
-        shown = "; ".join(f"row {row}: {problems[row].gold[:60]!r}" for row in failing[:5])
-        raise ValueError(f"{len(failing)} golds of {source} fail their own grader: {shown}")
-    unreadable = [row for row, problem in enumerate(problems) if not is_readable(problem.gold)]
-    if unreadable:
-        logger.warning(
-            "%d of %d golds of %s cannot be parsed and are compared as text: %s",
-            *(len(unreadable), len(problems), source, first_rows(unreadable)),
-        )
+        shown = "; ".join(f"row {row}: {problems[row].gold[:60]!r} ({verdicts[row].decided_by})" for row in failing[:5])
+        text = f"{len(failing)} of {len(problems)} golds of {source} fail their own grader: {shown}"
+        if len(failing) > UNREADABLE_GOLD_LIMIT_FRAC * len(problems):
+            raise ValueError(text)
+        logger.warning("%s. No answer to these can be right; they stay in the denominator", text)
 
 
 def refuse_duplicates(problems: Sequence[Problem], source: str) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from fura_rl.data import encode_prompts
 from fura_rl.evaluation.estimators import pass_at_k
-from rewards import Grade, grade, last_boxed
+from rewards import Item, grade
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,10 +36,12 @@ class Sample:
     sample: int  # index among the problem's samples
     text: str
     token_ids: list[int]
-    answer: str | None  # content of the last closed box
+    answer: str | None  # content of the last closed box, or what followed "the answer is"
     gold: str
-    correct: bool
-    reason: str  # "correct", "wrong", or why there is no answer: "no_box", "truncated"
+    correct: bool  # by a box; an answer in words alone is told apart by its `source`
+    status: str  # a status of `rewards.Result`
+    reason: str  # how it was decided, or what went wrong
+    source: str | None  # "box" or "phrase"
     finish_reason: str  # "stop", or "length" where max_tokens cut it
 
 
@@ -61,14 +63,6 @@ class Evaluation:
         """Mean over problems of the unbiased pass@k."""
         counts = self.correct_counts
         return sum(pass_at_k(self.n, c, k) for c in counts) / len(counts)
-
-    @property
-    def truncated_frac(self) -> float:
-        return sum(sample.finish_reason == "length" for sample in self.samples) / len(self.samples)
-
-    @property
-    def no_answer_frac(self) -> float:
-        return sum(sample.answer is None for sample in self.samples) / len(self.samples)
 
     def rows(self) -> list[dict[str, Any]]:
         return [asdict(sample) for sample in self.samples]
@@ -108,32 +102,32 @@ def evaluate(
     with torch.random.fork_rng():
         torch.manual_seed(sampling.seed)
         outputs = llm.generate(requests, params, use_tqdm=progress)
-    verdicts: dict[tuple[str | None, str], Grade] = {}
-    samples = []
-    for problem, (output, gold) in enumerate(zip(outputs, golds, strict=True), first_problem):
-        texts = tokenizer.batch_decode([c.token_ids for c in output.outputs], skip_special_tokens=True)
-        for index, (completion, text) in enumerate(zip(output.outputs, texts, strict=True)):
-            answer = last_boxed(text)
-            if (answer, gold) not in verdicts:  # samples of a problem agree often, and comparing is the dear part
-                verdicts[answer, gold] = grade(text, gold)
-            verdict, finish_reason = verdicts[answer, gold], str(completion.finish_reason)
-            samples.append(
-                Sample(
-                    problem=problem,
-                    sample=index,
-                    text=text,
-                    token_ids=list(completion.token_ids),
-                    answer=verdict.answer,
-                    gold=gold,
-                    correct=verdict.correct,
-                    reason=reason_of(verdict, finish_reason),
-                    finish_reason=finish_reason,
-                )
-            )
+    drawn = [
+        (problem, index, gold, completion)
+        for problem, (output, gold) in enumerate(zip(outputs, golds, strict=True), first_problem)
+        for index, completion in enumerate(output.outputs)
+    ]
+    texts = tokenizer.batch_decode([completion.token_ids for *_, completion in drawn], skip_special_tokens=True)
+    items = [
+        Item(text, gold, truncated=completion.finish_reason == "length")
+        for text, (_, _, gold, completion) in zip(texts, drawn, strict=True)
+    ]
+    samples = [
+        Sample(
+            problem=problem,
+            sample=index,
+            text=text,
+            token_ids=list(completion.token_ids),
+            answer=verdict.answer,
+            gold=gold,
+            correct=verdict.correct and verdict.source == "box",
+            status=verdict.status,
+            reason=verdict.decided_by,
+            source=verdict.source,
+            finish_reason=str(completion.finish_reason),
+        )
+        for text, (problem, index, gold, completion), verdict in zip(
+            texts, drawn, grade(items, mode="evaluation"), strict=True
+        )
+    ]
     return Evaluation(samples, sampling.n)
-
-
-def reason_of(verdict: Grade, finish_reason: str) -> str:
-    if verdict.answer is not None:
-        return "correct" if verdict.correct else "wrong"
-    return "truncated" if finish_reason == "length" else "no_box"

@@ -44,7 +44,7 @@ def problem_values(rows: Sequence[Row], ks: Sequence[int]) -> Values:
 
 def wrong_answers(group: Sequence[Row]) -> list[int]:
     """How many samples of a problem hold each wrong answer."""
-    return list(Counter(row["answer"] for row in group if row["answer"] is not None and not row["correct"]).values())
+    return list(Counter(row["answer"] for row in group if row["source"] == "box" and not row["correct"]).values())
 
 
 def summarize(
@@ -81,14 +81,21 @@ def estimates(values: Values, seed: int = 0) -> dict[str, dict[str, float]]:
 
 
 def shares(rows: Sequence[Row]) -> dict[str, Any]:
-    """What became of the samples of a pass."""
-    reasons = Counter(row["reason"] for row in rows)
+    """What became of the samples of a pass.
+
+    An answer in words alone ("the answer is 5") is in no score: it is told apart.  What timed out, ran out of memory or
+    crashed while it was graded counts as wrong, and is told too.
+    """
+    statuses = Counter(row["status"] for row in rows)
+    in_words = [row["status"] == "correct" and row["source"] == "phrase" for row in rows]
     return {
         "count": len(rows),
         "truncated_frac": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
-        "no_answer_frac": sum(row["answer"] is None for row in rows) / len(rows),
+        "no_answer_frac": sum(row["source"] != "box" for row in rows) / len(rows),
+        "phrase_correct_frac": sum(in_words) / len(rows),
+        "ungraded_frac": sum(statuses[status] for status in ("timeout", "memory", "crashed")) / len(rows),
         "mean_tokens": sum(len(row["token_ids"]) for row in rows) / len(rows),
-        "reasons": dict(sorted(reasons.items())),
+        "statuses": dict(sorted(statuses.items())),
     }
 
 

@@ -5,19 +5,23 @@ the one module, by name.  The regression of the reply on the update since the la
 
     gain = <reply - previous, expected - previous> / |expected - previous|^2,
 
-is 1 where the kernel holds the new weight and 0 where it still holds the one before.
+is 1 where the kernel holds the new weight and 0 where it still holds the one before.  The trainer computes what to
+expect from its own base weight, for a sample of output features.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
+from fura_rl.sync.factors import Span
+
 VECTORS = 4  # vectors through every kernel; entries are +1 and -1, which every dtype holds exactly
+SAMPLED_SPANS, SPAN_ROWS = 16, 8  # output features looked at: this many stretches of so many, spread over all
 STALE_BELOW = 0.5
 LOST_ABOVE = 2.0  # a kernel that moves by more than twice its update holds something else altogether
 # An update smaller than this, relative to the weight, is left to add up until it stands out of the reply's rounding:
@@ -26,66 +30,85 @@ ROUNDINGS_PER_UPDATE = 2.0
 SMALLEST_UPDATE = 1e-5
 
 
+@dataclass(frozen=True)
+class KernelReply:
+    """One worker's share of x W^T (VECTORS, features) of one weight.
+
+    `covered` (features,) is the part of each feature's inputs that this worker holds: 1 for a whole row of the weight,
+    1/2 for half of its columns, 0 for a row of another worker.
+    """
+
+    output: torch.Tensor
+    covered: torch.Tensor
+
+
 class Kernels(Protocol):
     """What the audit needs of an engine."""
 
     @property
     def dtype(self) -> torch.dtype: ...
 
-    def kernel_output(self, module_name: str, x: torch.Tensor) -> torch.Tensor | None:
-        """x W^T of the live linear layer, bias left out; None where the engine has no such linear layer."""
+    def kernel_replies(self, spans: Mapping[str, Sequence[Span]]) -> list[dict[str, KernelReply]]:
+        """Each worker's replies to `probe_vectors`, bias left out, by checkpoint tensor, at the output features of its
+        spans, one span after another; a tensor that no kernel multiplies by is left out."""
 
 
 @dataclass
 class KernelAudit:
     """Expected replies of every adapted linear layer, from sync to sync.
 
-    Holds VECTORS numbers an output feature and no weight.
+    Holds VECTORS numbers for each sampled output feature and no weight.
     """
 
     _previous: dict[str, torch.Tensor] = field(default_factory=dict)  # what the engine is known to compute
     _expected: dict[str, torch.Tensor] = field(default_factory=dict)  # what it should compute after this sync
-    _owners: dict[str, str] = field(default_factory=dict)  # module -> the engine's module that holds it
-    _rows: dict[str, tuple[int, int]] = field(default_factory=dict)  # output features of a module within its owner
-    _features: dict[str, int] = field(default_factory=dict)  # input features
+    _spans: dict[str, list[Span]] = field(default_factory=dict)
 
-    def expect(
-        self, name: str, delivered: torch.Tensor, base: torch.Tensor | None, owner: str, rows: tuple[int, int]
-    ) -> None:
-        """Note what layer `name` must compute once it holds `delivered` (out, in).
+    def expect(self, name: str, delivered: torch.Tensor, base: torch.Tensor | None, spans: list[Span]) -> None:
+        """Note what the kernel of weight `name` must compute once it holds `delivered`.
 
-        `base` (out, in) is the weight the engine started from, needed the first time; without it the first sync of a
-        layer cannot be audited.  `rows` are the layer's output features within `owner`, the engine's layer.
+        `delivered` (features, in) and `base`, the weight that the engine started from, are given at the output
+        features `spans`.  `base` is needed the first time; without it the first sync of a layer cannot be audited.
         """
         x = probe_vectors(delivered.shape[1], delivered.device)
         self._expected[name] = expected = product(delivered, x)
         if name not in self._previous:
             self._previous[name] = expected if base is None else product(base.to(delivered.dtype), x)
-        self._owners[name], self._rows[name], self._features[name] = owner, rows, delivered.shape[1]
+        self._spans[name] = spans
 
     def knows(self, name: str) -> bool:
         return name in self._previous
 
     def gains(self, engine: Kernels) -> dict[str, float]:
-        """The gain of every layer whose update is large enough to be seen through the engine's rounding."""
+        """The gain of every layer whose update is large enough to be seen through the engine's rounding.
+
+        Of a weight that several workers or replicas hold, the least.
+        """
         due = dict(self._due(torch.finfo(engine.dtype).eps))
-        replies: dict[str, torch.Tensor | None] = {}
+        if not due:
+            return {}
+        workers = engine.kernel_replies({name: self._spans[name] for name in due})
         gains = {}
         for name, update in due.items():
-            owner, (start, stop) = self._owners[name], self._rows[name]
-            if owner not in replies:
-                replies[owner] = engine.kernel_output(owner, probe_vectors(self._features[name], update.device))
-            reply = replies[owner]
-            if reply is None:
-                continue
-            moved = reply[:, start:stop].to(update.device, torch.float64) - self._previous[name]
-            gains[name] = float((moved * update).sum() / update.square().sum())
+            replies = complete_replies([worker[name] for worker in workers if name in worker])
+            found = [self._gain(name, update, reply, features) for reply, features in replies]
+            if found:
+                gains[name] = min(found, key=lambda gain: -math.inf if math.isnan(gain) else gain)
         return gains
+
+    def _gain(self, name: str, update: torch.Tensor, reply: torch.Tensor, features: torch.Tensor) -> float:
+        update = update[:, features.to(update.device)]
+        moved = reply.to(update.device, torch.float64) - self._previous[name][:, features.to(update.device)]
+        return float((moved * update).sum() / update.square().sum())
 
     def accept(self, gains: dict[str, float]) -> None:
         """The layers of `gains` are proved: the next update is counted from here."""
         for name in gains:
             self._previous[name] = self._expected[name]
+
+    def forget(self) -> None:
+        """The engine is another one now, or was restarted: nothing is known of it."""
+        self._previous.clear()
 
     def _due(self, eps: float) -> Iterator[tuple[str, torch.Tensor]]:
         for name, expected in self._expected.items():
@@ -95,9 +118,37 @@ class KernelAudit:
                 yield name, update
 
 
+def complete_replies(shares: list[KernelReply]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The workers' shares as (reply, which features it is of): whole rows worker by worker, partial sums added up.
+
+    A weight that two workers hold whole gives two replies, so that one of them cannot be stale behind the other.
+    """
+    complete = []
+    partial = [share for share in shares if ((share.covered > 0) & (share.covered < 1)).any()]
+    for share in shares:
+        whole = share.covered >= 1
+        if whole.any():
+            complete.append((share.output[:, whole], whole))
+    if partial:
+        output = torch.stack([share.output for share in partial]).sum(0)
+        covered = torch.stack([share.covered for share in partial]).sum(0)
+        whole = (covered - covered.round()).abs().lt(1e-6) & (covered > 0.5)
+        complete.append((output[:, whole] / covered[whole].round(), whole))
+    return complete
+
+
 def stale_modules(gains: dict[str, float]) -> list[str]:
     """The layers whose kernel does not hold the weight it was sent; a gain that is not a number counts."""
     return [name for name, gain in gains.items() if not STALE_BELOW <= gain <= LOST_ABOVE]
+
+
+def sample_spans(rows: Span) -> list[Span]:
+    """Stretches of output features spread over `rows`; every one where there are few."""
+    first, count = rows[0], rows[1] - rows[0]
+    if count <= SAMPLED_SPANS * SPAN_ROWS:
+        return [rows] if count else []
+    starts = [first + i * (count - SPAN_ROWS) // (SAMPLED_SPANS - 1) for i in range(SAMPLED_SPANS)]
+    return [(start, start + SPAN_ROWS) for start in starts]
 
 
 def probe_vectors(features: int, device: torch.device) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""The policy's weights as a rollout engine wants them: plain checkpoint tensors with every adapter folded in.
+"""The policy's weights as a rollout engine wants them: checkpoint tensors, and what each adapter does to them.
 
 Everything is read or computed out of place: a base weight keeps its storage and its bits.  Nothing here knows how a
-weight reaches an engine.
+weight reaches an engine.  `fold_rules.py` is the table of methods, `factors.py` the arithmetic.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from fura_rl.adapters.fura_layer import FuraLinear
 from fura_rl.adapters.quantized import dequantized_weight, holds_packed_weight
+from fura_rl.sync.factors import Factors, Read, Span, fold_slice
+from fura_rl.sync.fold_rules import small_factors
+from fura_rl.sync.sharding import local, local_rows, whole
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,27 @@ class CheckpointWeight:
     def element_count(self) -> int:
         return math.prod(self.shape)
 
+    def factors(self) -> Factors:
+        """What the engine's copy of the base weight needs to become this tensor; dense where nothing smaller does."""
+        if self.layer is not None and self.quantized is None:
+            small = small_factors(self.layer)
+            if small is not None:
+                return small
+        return Factors("dense", {"weight": self.value()})
+
+    def read(self) -> Read:
+        """Slices of the pristine base value, without a copy where it is neither quantized nor sharded."""
+        return slices_of(whole(pristine_weight(self)))
+
+    @property
+    def local_rows(self) -> Span:
+        """The rows of the base value that this process holds."""
+        return local_rows(pristine_weight(self))
+
+    def read_local(self) -> Read:
+        """Slices of the pristine base value within `local_rows`, gathered from nobody."""
+        return slices_of(local(pristine_weight(self)), first_row=self.local_rows[0])
+
     def trained_parameters(self) -> list[nn.Parameter]:
         """The parameters with gradients that its value is made of."""
         parameters = [self.parameter] if self.layer is None else self.layer.parameters()
@@ -64,7 +89,17 @@ class CheckpointWeight:
         """The tensor to serve; in float32 or wider where it is folded, dequantized where its layer is quantized."""
         if self.quantized is not None:
             return dequantized_weight(self.quantized)
-        return self.parameter.data if self.layer is None else folded_weight(self.layer)
+        return whole(self.parameter.data) if self.layer is None else folded_weight(self.layer)
+
+
+def slices_of(base: torch.Tensor, first_row: int = 0) -> Read:
+    """Reads slices of `base`, whose first row is row `first_row` of the weight."""
+
+    def slices(rows: Span, columns: Span) -> torch.Tensor:
+        part = base[rows[0] - first_row : rows[1] - first_row]
+        return part[:, slice(*columns)] if base.ndim == 2 else part
+
+    return slices
 
 
 def checkpoint_weights(model: nn.Module) -> list[CheckpointWeight]:
@@ -86,7 +121,11 @@ def checkpoint_weights(model: nn.Module) -> list[CheckpointWeight]:
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[CheckpointWeight]:
-    if isinstance(module, BaseTunerLayer):
+    if isinstance(module, ParamWrapper):
+        wrappers = {wrapper.parameter_name: wrapper for wrapper in _nested_wrappers(module)}
+        for name, parameter in module.get_base_layer().named_parameters(recurse=False):
+            yield CheckpointWeight(f"{prefix}.{name}", parameter, wrappers.get(name))
+    elif isinstance(module, BaseTunerLayer):
         base_layer = module.get_base_layer()
         if not isinstance(getattr(base_layer, "weight", None), nn.Parameter) or hasattr(module, "parameter_name"):
             raise NotImplementedError(
@@ -108,18 +147,47 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[CheckpointWeight]:
             yield from _walk(child, f"{prefix}.{name}".lstrip("."))
 
 
+def _nested_wrappers(module: nn.Module) -> Iterator[ParamWrapper]:
+    """PEFT's adapters of the parameters of one module (stacked experts) wrap each other."""
+    while isinstance(module, ParamWrapper):
+        yield module
+        module = module.base_layer
+
+
 @torch.no_grad()
-def folded_weight(layer: BaseTunerLayer) -> torch.Tensor:
+def fold(base_weight: torch.Tensor, layer: BaseTunerLayer) -> torch.Tensor:
+    """The weight that `layer`, a PEFT layer of any method that can merge, makes of `base_weight`.
+
+    Pure and out of place, in float32 or wider.  `base_weight` is (out, in) as the layer stores it; a layer's own base
+    weight need not be at hand unless its method has no small form (`fold_rules.SMALL_FORMS`).
+    """
+    factors = small_factors(layer)
+    if factors is None:
+        return folded_weight(layer, base_weight)
+    folded = torch.empty(
+        base_weight.shape, dtype=torch.promote_types(base_weight.dtype, torch.float32), device=base_weight.device
+    )
+    everything = (0, base_weight.shape[0]), (0, base_weight.shape[1])
+    fold_slice(lambda rows, columns: base_weight[slice(*rows), slice(*columns)], factors, *everything, folded)
+    return folded
+
+
+@torch.no_grad()
+def folded_weight(layer: BaseTunerLayer, base_weight: torch.Tensor | None = None) -> torch.Tensor:
     """The weight that makes the bare layer compute what `layer` computes with its active adapters.
 
     (out, in), in float32 or wider, so that the one rounding is the engine's.  The base weight is not written: FuRA
-    folds in closed form, any other PEFT method merges into a float32 copy that takes the weight's place meanwhile.
+    folds in closed form, any other PEFT method merges into a float32 copy that takes the weight's place meanwhile
+    (`base_weight` in its stead, where given).
 
     Raises:
         RuntimeError: where the adapter is merged already, since its base weight is then no longer to be had.
     """
     if isinstance(layer, FuraLinear):
         return layer.folded_weight(layer.active_adapters)
+    if isinstance(layer, ParamWrapper):
+        start = whole(layer.get_param() if base_weight is None else base_weight).float()
+        return sum((layer.get_delta_weight(name).float() for name in layer.active_adapters), start=start)
     if layer.merged:
         raise RuntimeError(
             f"{type(layer).__name__} is merged into its base weight; call unmerge_adapter() before a weight sync"
@@ -128,7 +196,8 @@ def folded_weight(layer: BaseTunerLayer) -> torch.Tensor:
         return _folded_over_packed(layer)
     weight = layer.get_base_layer().weight
     pristine = weight.data
-    weight.data = pristine.to(torch.promote_types(pristine.dtype, torch.float32), copy=True)
+    start = pristine if base_weight is None else base_weight
+    weight.data = whole(start).to(torch.promote_types(start.dtype, torch.float32), copy=True)
     try:
         layer.merge()
         folded = weight.data.clone()
@@ -157,6 +226,8 @@ def pristine_weight(weight: CheckpointWeight) -> torch.Tensor:
     """The base value of `weight`, whether or not a FuRA adapter is merged at the moment."""
     if isinstance(weight.layer, FuraLinear):
         return weight.layer.pristine_weight()
+    if weight.quantized is not None:
+        return dequantized_weight(weight.quantized)
     if weight.layer is not None and holds_packed_weight(weight.layer.get_base_layer()):
         return dequantized_weight(weight.layer.get_base_layer())
     return weight.parameter.data

@@ -1,93 +1,82 @@
-"""The in-process vLLM engine as a receiver of weights.  The only module that touches vLLM's insides.
+"""The in-process vLLM engine as a receiver of weights.  With `vllm_model.py`, all that touches vLLM's insides.
 
-Read in vLLM 0.31.0 (CPU and CUDA sources).  `check_engine` looks for every private name used here when the engine is
-taken over, so that an upgrade that moves one ends with a message and not with stale weights.
+Read in vLLM 0.31.0 (CPU and CUDA sources).  `find_model_runner` looks for every private name used here when the engine
+is taken over, so that an upgrade that moves one ends with a message and not with stale weights.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from fura_rl.sync.audit import KernelReply
+from fura_rl.sync.engine import Push, Update, rounding_generator
+from fura_rl.sync.factors import Span
+from fura_rl.sync.fingerprint import Sample
+from fura_rl.sync.vllm_model import VLLM_VERSIONS_READ, LiveModel
+from fura_rl.sync.vllm_plugin import BACKEND, EXTENSION
 
 if TYPE_CHECKING:
     from vllm import LLM
 
-VLLM_VERSIONS_READ = "0.31"
-
 
 class InProcessEngine:
-    """A running `vllm.LLM` of this process."""
+    """A running `vllm.LLM` of this process: folds straight into its live weights, from the trainer's base weights."""
+
+    reads_the_trainers_base = True
 
     def __init__(self, llm: LLM) -> None:
+        from vllm.config import set_current_vllm_config
+
         self.llm = llm
-        self._model_runner = find_model_runner(llm)
+        runner = find_model_runner(llm)
+        self.model = LiveModel(
+            runner.get_model(), runner.device, self.dtype, lambda: set_current_vllm_config(runner.vllm_config)
+        )
 
     @property
     def dtype(self) -> torch.dtype:
         return self.llm.llm_engine.model_config.dtype
 
-    @property
-    def fused_modules(self) -> dict[str, list[str]]:
-        """vLLM's fused linear layers and the checkpoint modules they are made of, e.g. qkv_proj: q_, k_, v_proj."""
-        return getattr(self._model_runner.get_model(), "packed_modules_mapping", {})
+    def prepare(self, tensors: Mapping[str, tuple[int, ...]], base_samples: Mapping[str, Sample]) -> None:
+        """`base_samples` are not looked at: the engine folds from the trainer's own base."""
+        self.model.record(tensors)
 
-    def load(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        """Load checkpoint tensors into the live model and drop every cached key and value.
+    def resend(self) -> None:
+        """Write the last update once more."""
+        self.push(self._last)
 
-        A fused module must arrive whole: vLLM rebuilds it from uninitialised memory.  `load_weights` per tensor is not
-        used because CPU linear weights live only inside a prepacked kernel.
+    def push(self, update: Update) -> Push:
+        """Fold into the live weights and drop every cached key and value.
+
+        The engine's own base, where it differs from the trainer's (another checkpoint), is overwritten in the modules
+        that `update` touches.
         """
-        with quiet_partial_reload():
-            self._model_runner.reload_weights(weights_iterator=weights)
-        self._repack_tied_output_head()
+        started = time.perf_counter()
+        self._last = update
+
+        def generator(name: str) -> torch.Generator | None:
+            return rounding_generator(update.rounding_seed, name, self.model.device)
+
+        self.model.write(update.factors, update.read, generator)
         self.llm.reset_prefix_cache()
+        written = sum(
+            region.element_count * self.dtype.itemsize
+            for module in {module for name in update.factors for module in self.model.owners[name]}
+            for region in self.model.regions[module]
+        )
+        return Push(written, {"fold": time.perf_counter() - started})
 
-    def _repack_tied_output_head(self) -> None:
-        """Rebuild the output head's kernel where it shares the embedding's tensor.
-
-        A reload processes a tied tensor for one of its two owners only (limitation 2 in vLLM's
-        `model_loader/reload/__init__.py`), so on CPU the head's prepacked copy would stay stale by 2-3 nats.
-        """
-        model = self._model_runner.get_model()
-        head = getattr(model, "lm_head", None)
-        embedding = getattr(getattr(model, "model", None), "embed_tokens", None)
-        quant_method = getattr(head, "quant_method", None)
-        if embedding is None or quant_method is None:
-            return
-        if head is embedding or getattr(head, "weight", None) is getattr(embedding, "weight", None):
-            quant_method.process_weights_after_loading(head)
-
-    @torch.no_grad()
-    def kernel_output(self, module_name: str, x: torch.Tensor) -> torch.Tensor | None:
-        """x W^T (rows, out) of a live linear layer, bias left out, or None where the engine has no such linear layer.
-
-        Goes through the layer's own kernel, the only place where a CPU engine keeps the weight.
-        """
-        from vllm.model_executor.layers.linear import LinearBase
-
-        model = self._model_runner.get_model()
-        try:
-            module = model.get_submodule(module_name)
-        except AttributeError:
-            return None
-        if not isinstance(module, LinearBase):
-            return None
-        return module.quant_method.apply(module, x.to(self._model_runner.device, self.dtype), None)
+    def kernel_replies(self, spans: Mapping[str, Sequence[Span]]) -> list[dict[str, KernelReply]]:
+        return [self.model.kernel_replies(spans)]
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Log-probabilities (len(token_ids) - 1,) of each token given those before it, in nats, at temperature 1."""
-        from vllm import SamplingParams
-
-        params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
-        [output] = self.llm.generate([{"prompt_token_ids": list(token_ids)}], params, use_tqdm=False)
-        entries = zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)
-        return torch.tensor([entry[token].logprob if entry else math.nan for entry, token in entries])
+        return prompt_logprobs(self.llm, token_ids)
 
 
 def cpu_cache_settings(memory_utilization: float) -> dict[str, int]:
@@ -116,7 +105,7 @@ def find_model_runner(llm: LLM) -> object:
         owner = getattr(owner, name, None)
         if owner is None:
             break
-    missing = [name for name in ("reload_weights", "get_model") if not hasattr(owner, name)]
+    missing = [name for name in ("get_model", "vllm_config", "device") if not hasattr(owner, name)]
     if missing:
         raise RuntimeError(
             f"vLLM {vllm.__version__} does not offer llm_engine.model_executor.driver_worker.model_runner with "
@@ -127,18 +116,49 @@ def find_model_runner(llm: LLM) -> object:
     return owner
 
 
-@contextlib.contextmanager
-def quiet_partial_reload() -> Iterator[None]:
-    """Silence vLLM's warnings about weights that a reload did not bring: a sync brings what changed, on purpose."""
-    loggers = [
-        logging.getLogger(name)
-        for name in ("vllm.model_executor.model_loader.reload.layerwise", "vllm.v1.worker.gpu_model_runner")
-    ]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+class ProcessTransport:
+    """A `vllm.LLM` whose engine runs in processes of its own (vLLM's default), reached through vLLM's calls."""
+
+    lease_seconds = float("inf")  # the engine ends with this process
+    payload_transport = "file"
+    address = "the engine process"
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.llm.llm_engine.model_config.dtype
+
+    def call(self, method: str, **arguments: Any) -> list[dict[str, Any]]:
+        return self.llm.collective_rpc(method, kwargs=arguments)
+
+    def pause(self) -> None:
+        """Nothing runs: `LLM.generate` returns when its requests have ended."""
+
+    def resume(self) -> None:
+        self.llm.reset_prefix_cache()
+
+    def wait_until_up(self, timeout: float) -> None:
+        """It is up, or this process has seen it die."""
+
+    def stamp(self, version: int) -> None:
+        self.llm.update_weight_version(str(version))
+
+    def prompt_logprobs(self, token_ids: Sequence[int]) -> torch.Tensor:
+        return prompt_logprobs(self.llm, token_ids)
+
+
+def factored_sync_settings() -> dict[str, Any]:
+    """What a `vllm.LLM` in another process needs as arguments to be synced."""
+    return {"weight_transfer_config": {"backend": BACKEND}, "worker_extension_cls": EXTENSION}
+
+
+def prompt_logprobs(llm: LLM, token_ids: Sequence[int]) -> torch.Tensor:
+    """Log-probabilities (len(token_ids) - 1,) of each token given those before it, in nats, at temperature 1."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
+    [output] = llm.generate([{"prompt_token_ids": list(token_ids)}], params, use_tqdm=False)
+    entries = zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)
+    return torch.tensor([entry[token].logprob if entry else math.nan for entry, token in entries])

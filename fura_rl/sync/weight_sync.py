@@ -1,37 +1,45 @@
-"""One weight sync: fold what changed, hand it to the engine, prove that it arrived, report what it cost."""
+"""One weight sync: say what changed, have the engine fold it in, prove that it arrived, report what it cost."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from fura_rl.adapters.quantized import keep_layout
 from fura_rl.sync import probe
-from fura_rl.sync.audit import KernelAudit, stale_modules
-from fura_rl.sync.fold import CheckpointWeight, checkpoint_weights, pristine_weight
-from fura_rl.sync.rounding import ROUNDINGS, round_weight
-from fura_rl.sync.vllm_engine import InProcessEngine
+from fura_rl.sync.audit import KernelAudit, sample_spans, stale_modules
+from fura_rl.sync.engine import LazyFactors, Push, RolloutEngine, Update, rounding_generator
+from fura_rl.sync.factors import Factors, Read, Span, fold_slice
+from fura_rl.sync.fingerprint import Sample, base_sample
+from fura_rl.sync.fold import CheckpointWeight, checkpoint_weights
+from fura_rl.sync.fold_rules import shifts_its_base
+from fura_rl.sync.remote_engine import Follower
+from fura_rl.sync.rounding import ROUNDINGS
+from fura_rl.sync.sharding import local
 
 logger = logging.getLogger(__name__)
+
+SYNC_MODES = ("auto", "dense", "factored")
 
 
 @dataclass(frozen=True)
 class SyncReport:
     """What one sync did.
 
-    `seconds` is its wall time and `phases` the shares of fold, load, audit and probe.  `payload_bytes` were handed to
-    the engine, `dense_bytes` is the whole checkpoint, which a sync of every weight would send.  `update_cosine` is the
-    cosine between the exact update W' - W of all adapted layers and the part of it that survives rounding to the
-    engine's dtype: 1 means nothing was lost, near 0 that the engine hardly moved.  It is 1 while the update is 0, and
-    None where no base weight is kept to compare with (full fine-tuning in another dtype).  `audit_gain_min` is the
-    least gain of an audited kernel (1 fresh, 0 stale), None where no update was large enough to be seen.
-    `probe_max_gap` is in nats, None where this sync was not probed.
+    `seconds` is its wall time and `phases` the shares of the engine's phases, audit and probe.  `payload_bytes` crossed
+    to the engine (in process: were written), `dense_bytes` is the whole checkpoint, which a sync of every weight would
+    send.  `update_cosine` is the cosine between the exact update W' - W, on sampled rows of all adapted layers, and the
+    part of it that survives rounding to the engine's dtype: 1 means nothing was lost, near 0 that the engine hardly
+    moved.  It is 1 while the update is 0, and None where no base weight is kept to compare with (full fine-tuning in
+    another dtype).  `audit_gain_min` is the least gain of an audited kernel (1 fresh, 0 stale), None where no update
+    was large enough to be seen.  `probe_max_gap` is in nats, None where this sync was not probed.
     """
 
     version: int
@@ -77,26 +85,17 @@ class UpdateCosine:
         return self.dot / (self.exact_square * self.delivered_square) ** 0.5
 
 
-@dataclass
-class Push:
-    """What one pass of weights into the engine came to."""
-
-    cosine: UpdateCosine = field(default_factory=UpdateCosine)
-    payload_bytes: int = 0
-    all_bases_kept: bool = True  # whether every trained weight has its base value at hand, for the cosine
-    fold_seconds: float = 0.0
-
-
 class WeightSync:
-    """Pushes the policy's current weights into one engine.
+    """Brings one engine to the policy's current weights, again and again.
 
     Args:
-        model: the policy, plain or PEFT, unsharded.
+        model: the policy, plain or PEFT; sharded (FSDP2, ZeRO-3) only where the engine reads its own checkpoint.
         engine: where the weights go.
         probe_token_ids: the fixed tokens that both sides score; at least two.
         probe_every: probe at every N-th sync; the first is always probed.
         probe_tolerance: largest accepted gap in nats; None takes the default of the coarser dtype.
         audit_every: audit the engine's kernels at every N-th sync; 0 never.
+        mode: "factored" sends small factors where the method has them, "dense" whole weights, "auto" is factored.
         rounding: how folded weights are rounded to a 16-bit engine, "nearest" or "stochastic" (seeded by `seed`).
         compute_dtype: the dtype that the policy's forward runs in (its autocast dtype, where it has one).
         score: log-probs of token ids under the policy; replaced where the forward needs an autocast context.
@@ -105,12 +104,13 @@ class WeightSync:
     def __init__(
         self,
         model: nn.Module,
-        engine: InProcessEngine,
+        engine: RolloutEngine,
         probe_token_ids: Sequence[int],
         *,
-        probe_every: int = 1,
+        probe_every: int = 10,
         probe_tolerance: float | None = None,
         audit_every: int = 1,
+        mode: str = "auto",
         rounding: str = "nearest",
         seed: int = 0,
         compute_dtype: torch.dtype | None = None,
@@ -118,9 +118,12 @@ class WeightSync:
     ) -> None:
         if rounding not in ROUNDINGS:
             raise ValueError(f"rounding={rounding!r} is not one of {', '.join(ROUNDINGS)}")
+        if mode not in SYNC_MODES:
+            raise ValueError(f"mode={mode!r} is not one of {', '.join(SYNC_MODES)}")
         self.model = model
         self.engine = engine
         self.audit_every = audit_every
+        self.mode = mode
         self.rounding = rounding
         self.seed = seed
         self.audit = KernelAudit()
@@ -134,6 +137,23 @@ class WeightSync:
         self.score = score
         self.version = 0
         self._previous_logprobs: torch.Tensor | None = None
+        self.weights = self._current_weights()
+        self._starts = {} if engine.reads_the_trainers_base else starts_of_shifted_bases(self.weights.values(), model)
+        engine.prepare({name: weight.shape for name, weight in self.weights.items()}, self._base_samples())
+
+    def _current_weights(self) -> dict[str, CheckpointWeight]:
+        """By name; looked up anew at every sync, since sharding a model replaces its parameters."""
+        return {weight.name: weight for weight in checkpoint_weights(self.model)}
+
+    def _base_samples(self) -> dict[str, Sample]:
+        """A few numbers of every adapted base weight, which the engine's own must have as well."""
+        if self.engine.reads_the_trainers_base or isinstance(self.engine, Follower):
+            return {}
+        return {
+            name: base_sample(self._checkpoint_read(weight), weight.local_rows, weight.shape[1])
+            for name, weight in self.weights.items()
+            if weight.layer is not None
+        }
 
     def sync(self, everything: bool = False) -> SyncReport:
         """Bring the engine to the policy's current weights.
@@ -146,66 +166,77 @@ class WeightSync:
             StaleEngineError: where the engine does not compute what the trainer computes afterwards.
         """
         clock = [time.perf_counter()]
-        weights = checkpoint_weights(self.model)
-        refuse_non_finite(weights)
-        chosen = select_weights(weights, self.engine.fused_modules, everything, first=self.version == 0)
-        push = self._push(chosen)
+        self.weights = self._current_weights()
+        refuse_non_finite(self.weights.values())
+        chosen = [
+            weight
+            for weight in self.weights.values()
+            if everything or weight.trained or (self.version == 0 and weight.quantized is not None)
+        ]
+        watch = UpdateWatch(self)
+        push = self._push(chosen, watch)
         clock.append(time.perf_counter())
         gains = self._audit(chosen) if self.audit_every and self.version % self.audit_every == 0 else {}
         clock.append(time.perf_counter())
         self.version += 1
         gap = self._probe() if (self.version - 1) % self.probe_every == 0 else None
         clock.append(time.perf_counter())
-        pushing, auditing, probing = (after - before for before, after in itertools.pairwise(clock))
+        _, auditing, probing = (after - before for before, after in itertools.pairwise(clock))
         return SyncReport(
             version=self.version,
             seconds=clock[-1] - clock[0],
-            phases={
-                "fold": push.fold_seconds,
-                "load": pushing - push.fold_seconds,
-                "audit": auditing,
-                "probe": probing,
-            },
+            phases={**push.phases, "audit": auditing + watch.seconds, "probe": probing},
             payload_bytes=push.payload_bytes,
-            dense_bytes=sum(w.element_count for w in weights) * self.engine.dtype.itemsize,
+            dense_bytes=sum(w.element_count for w in self.weights.values()) * self.engine.dtype.itemsize,
             probe_max_gap=gap,
             audit_gain_min=min(gains.values(), default=None),
-            update_cosine=push.cosine.value() if push.all_bases_kept else None,
+            update_cosine=watch.cosine.value() if watch.all_bases_kept else None,
         )
 
-    def _push(self, chosen: list[CheckpointWeight]) -> Push:
-        """Fold `chosen` one by one into the engine, noting what each of its kernels must compute afterwards."""
-        push = Push()
-        rows = rows_within_owner(chosen, self.engine.fused_modules)
-        generator = None
+    def _push(self, chosen: list[CheckpointWeight], watch: UpdateWatch) -> Push:
+        """Hand `chosen` to the engine, noting what each of its kernels must compute afterwards."""
+        seed = None
         if self.rounding == "stochastic" and self.engine.dtype.itemsize == 2:
-            device = next(self.model.parameters()).device
-            generator = torch.Generator(device).manual_seed(hash((self.seed, self.version)) % 2**63)
+            seed = hash((self.seed, self.version)) % 2**62
 
-        def stream() -> Iterator[tuple[str, torch.Tensor]]:
-            for weight in chosen:
-                started = time.perf_counter()
-                exact = weight.value()
-                delivered = round_weight(exact, self.engine.dtype, generator if weight.trained else None)
-                push.payload_bytes += delivered.numel() * delivered.element_size()
-                rounded = delivered.dtype != exact.dtype
-                # the cosine compares with the base at every sync, the audit at a layer's first
-                needs_base = rounded or not self.audit.knows(weight.module_name)
-                base = pristine_weight(weight) if weight.layer is not None and needs_base else None
-                if base is not None and rounded:
-                    push.cosine.add(exact - base.to(exact.dtype), delivered.float() - base.to(delivered.dtype).float())
-                elif weight.trained and rounded:
-                    push.all_bases_kept = False
-                if self.audit_every and weight.trained and weight.name in rows:
-                    self.audit.expect(
-                        weight.module_name, delivered, base, owner(weight.module_name, self.engine.fused_modules),
-                        rows[weight.name],
-                    )  # fmt: skip
-                push.fold_seconds += time.perf_counter() - started
-                yield weight.name, delivered
+        def make(weight: CheckpointWeight) -> Factors:
+            factors = self._factors(weight)
+            watch.note(weight, factors, seed)
+            return factors
 
-        self.engine.load(stream())
-        return push
+        update = Update(
+            version=self.version + 1,
+            previous=self.version,
+            factors=LazyFactors({weight.name: functools.partial(make, weight) for weight in chosen}),
+            read=lambda name: self.weights[name].read(),
+            rounding_seed=seed,
+        )
+        push = self.engine.push(update)
+        for weight in chosen:
+            if not watch.saw(weight):  # the engine never asked for it: then the audit must miss it
+                make(weight)
+        phases = dict(push.phases)
+        phases["fold"] = max(0.0, phases.get("fold", 0.0) - watch.seconds)
+        return Push(push.payload_bytes, phases)
+
+    def _factors(self, weight: CheckpointWeight) -> Factors:
+        if self.mode == "dense":
+            return Factors("dense", {"weight": weight.value()})
+        factors, start = weight.factors(), self._starts.get(weight.name)
+        return factors if start is None else relative_to_start(factors, start)
+
+    def _checkpoint_read(self, weight: CheckpointWeight) -> Read:
+        """This process's rows of the base weight as the checkpoint has it, also where making the adapter moved it."""
+        read, start = weight.read_local(), self._starts.get(weight.name)
+        if start is None:
+            return read
+
+        def unshifted(rows: Span, columns: Span) -> torch.Tensor:
+            out = torch.empty(rows[1] - rows[0], columns[1] - columns[0])
+            fold_slice(read, start, rows, columns, out)
+            return out
+
+        return unshifted
 
     def _audit(self, chosen: list[CheckpointWeight]) -> dict[str, float]:
         """The gains of the engine's kernels, all fresh; what is stale is sent once more before the run is stopped.
@@ -216,7 +247,7 @@ class WeightSync:
         gains = self.audit.gains(self.engine)
         if stale := stale_modules(gains):
             logger.warning("weight sync: %s did not take the new weights; sending them once more", ", ".join(stale))
-            self._push(chosen)
+            self.engine.resend()
             gains = self.audit.gains(self.engine)
         if stale := stale_modules(gains):
             raise probe.StaleEngineError(stale_message(stale, gains))
@@ -225,6 +256,8 @@ class WeightSync:
 
     def _probe(self) -> float:
         trainer = self.score(self.model, self.probe_token_ids)
+        if isinstance(self.engine, Follower):
+            return None
         gap = probe.check(
             self.engine.prompt_logprobs(self.probe_token_ids),
             trainer,
@@ -252,56 +285,111 @@ def stale_message(stale: list[str], gains: dict[str, float]) -> str:
     )
 
 
-def rows_within_owner(
-    weights: list[CheckpointWeight], fused_modules: dict[str, list[str]]
-) -> dict[str, tuple[int, int]]:
-    """Where each linear weight's output features lie in the engine's layer, members of a fused one in vLLM's order."""
-    matrices = {w.module_name: w for w in weights if w.name.endswith(".weight") and len(w.shape) == 2}
-    rows = {}
-    for module_name, weight in matrices.items():
-        parent, _, leaf = module_name.rpartition(".")
-        members = next((members for members in fused_modules.values() if leaf in members), [leaf])
-        siblings = [matrices.get(f"{parent}.{member}") for member in members]
-        before = siblings[: members.index(leaf)]
-        if None not in siblings:
-            start = sum(sibling.shape[0] for sibling in before)
-            rows[weight.name] = (start, start + weight.shape[0])
-    return rows
+class UpdateWatch:
+    """Looks at a sample of every trained weight on its way: what the audit must see, and what rounding leaves of it."""
+
+    def __init__(self, sync: WeightSync) -> None:
+        self._audit = sync.audit if sync.audit_every else None
+        self._engine = sync.engine
+        self._read = sync._checkpoint_read
+        self.cosine = UpdateCosine()
+        self.all_bases_kept = True  # whether every trained weight has its base value at hand, for the cosine
+        self.seconds = 0.0
+        self._seen: set[str] = set()
+
+    def saw(self, weight: CheckpointWeight) -> bool:
+        return weight.name in self._seen
+
+    @torch.no_grad()
+    def note(self, weight: CheckpointWeight, factors: Factors, rounding_seed: int | None) -> None:
+        """Fold the sampled rows of one weight as the engine will, and exactly."""
+        if self.saw(weight):
+            return
+        self._seen.add(weight.name)
+        if len(weight.shape) != 2 or not weight.trained:
+            return
+        started = time.perf_counter()
+        spans, columns = sample_spans(weight.local_rows), (0, weight.shape[1])
+        read = self._read(weight) if weight.layer is not None else None
+        if not spans:
+            return
+        device = next(iter(factors.tensors.values())).device
+        rounds = self._engine.dtype.itemsize < 4
+
+        def rows(dtype: torch.dtype, generator: torch.Generator | None = None) -> torch.Tensor:
+            return sampled_rows(read, factors, spans, columns, dtype, device, generator)
+
+        delivered = rows(self._engine.dtype, rounding_generator(rounding_seed, weight.name, device))
+        base = None if read is None else torch.cat([read(span, columns) for span in spans])
+        if rounds and base is not None:
+            exact = rows(torch.promote_types(base.dtype, torch.float32))
+            start = base.to(self._engine.dtype).float()
+            self.cosine.add(exact - base.to(exact.dtype), delivered.float() - start)
+        elif rounds:
+            self.all_bases_kept = False
+        if self._audit is not None and (rounding_seed is None or not rounds):
+            self._audit.expect(weight.name, delivered, base, spans)
+        elif self._audit is not None:  # the engine's draw of each weight is not repeated row by row
+            self._audit.expect(weight.name, exact if base is not None else delivered.float(), base, spans)
+        self.seconds += time.perf_counter() - started
 
 
-def refuse_non_finite(weights: list[CheckpointWeight]) -> None:
+def sampled_rows(
+    read: Read | None,
+    factors: Factors,
+    spans: list[Span],
+    columns: Span,
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Rows `spans` of the folded weight, (features, in), one span after another, in `dtype`."""
+    parts = []
+    for span in spans:
+        out = torch.empty(span[1] - span[0], columns[1] - columns[0], dtype=dtype, device=device)
+        fold_slice(read, factors, span, columns, out, generator)
+        parts.append(out)
+    return torch.cat(parts)
+
+
+def starts_of_shifted_bases(weights: Iterable[CheckpointWeight], model: nn.Module) -> dict[str, Factors]:
+    """What PiSSA and its kin took out of the base weight when the adapter was made: B0 A0 of each layer.
+
+    Must be called before a checkpoint's adapter is loaded over the one just made.
+
+    Raises:
+        NotImplementedError: where what was taken out has no small form, so that the engine cannot put it back.
+    """
+    starts = {}
+    for weight in weights:
+        if weight.layer is None or not shifts_its_base(weight.layer, model.peft_config):
+            continue
+        factors = weight.factors()
+        if factors.rule != "low_rank":
+            raise NotImplementedError(
+                f"{weight.name}: the adapter moved its base weight when it was made, in a form that an engine which "
+                "reads its own checkpoint cannot follow; use vllm_mode=colocate"
+            )
+        starts[weight.name] = Factors("low_rank", {part: tensor.clone() for part, tensor in factors.tensors.items()})
+    return starts
+
+
+def relative_to_start(factors: Factors, start: Factors) -> Factors:
+    """B A - B0 A0 as one low-rank product: the update of the checkpoint's weight."""
+    up = torch.cat([factors.tensors["up"], -start.tensors["up"]], dim=1)
+    return Factors("low_rank", {"up": up, "down": torch.cat([factors.tensors["down"], start.tensors["down"]])})
+
+
+def refuse_non_finite(weights: Iterable[CheckpointWeight]) -> None:
     """Look before the load: a NaN would stay in the engine's key-value cache after the weights are mended.
 
     Raises:
         FloatingPointError: naming the first weight that a non-finite trained parameter reaches.
     """
     trained = [(weight.name, p) for weight in weights for p in weight.trained_parameters()]
-    if not trained or torch.stack([p.isfinite().all() for _, p in trained]).all():
+    if not trained or torch.stack([local(p).isfinite().all() for _, p in trained]).all():
         return
-    name = next(name for name, p in trained if not p.isfinite().all())
+    name = next(name for name, p in trained if not local(p).isfinite().all())
     raise FloatingPointError(
         f"the trained parameters of {name} are not finite, so the policy diverged: lower learning_rate or max_grad_norm"
     )
-
-
-def select_weights(
-    weights: list[CheckpointWeight], fused_modules: dict[str, list[str]], everything: bool, first: bool = False
-) -> list[CheckpointWeight]:
-    """The weights to send: those that training changes, and every tensor of a module fused with one of them.
-
-    At the `first` sync those too that the policy holds quantized, since the engine has the checkpoint's own.
-    """
-    if everything:
-        return weights
-    changed = [weight for weight in weights if weight.trained or (first and weight.quantized is not None)]
-    touched = {owner(weight.module_name, fused_modules) for weight in changed}
-    return [weight for weight in weights if owner(weight.module_name, fused_modules) in touched]
-
-
-def owner(module_name: str, fused_modules: dict[str, list[str]]) -> str:
-    """The engine's name for the module that holds this checkpoint module: `...self_attn.q_proj` -> `...qkv_proj`."""
-    parent, _, leaf = module_name.rpartition(".")
-    for fused, members in fused_modules.items():
-        if leaf in members:
-            return f"{parent}.{fused}"
-    return module_name

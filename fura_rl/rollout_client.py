@@ -1,0 +1,152 @@
+"""TRL's vLLM client with what a long run needs: a token, a limit on every wait, replicas, and rollouts of one version.
+
+TRL's own synchronises weights over NCCL and waits without limit.  This one leaves the weights to `fura_rl.sync`, asks
+before and after every batch whether the server still holds the version that was synced, brings a restarted server
+back to it, and asks for the whole batch again: no group is trained on that was half sampled from other weights.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import itertools
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import requests
+from requests.adapters import HTTPAdapter
+from trl.generation.vllm_client import VLLMClient
+
+from fura_rl.sync.http_transport import HttpTransport, authorization
+from fura_rl.sync.remote_engine import EngineLostError, RemoteEngine, RemoteSyncError, Replicas
+
+ATTEMPTS = 3
+TRANSPORTS = ("auto", "file", "inline")
+
+
+class TimeoutAdapter(HTTPAdapter):
+    """Requests that end: `seconds` without an answer is an error.  No retries, since not every call may run twice."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        super().__init__(pool_maxsize=64)
+
+    def send(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs["timeout"] = kwargs.get("timeout") or self.seconds
+        return super().send(request, *args, **kwargs)
+
+
+class SingleClient(VLLMClient):
+    """TRL's client of one server, with our token and time limit; its weight synchronisation is not used."""
+
+    def __init__(self, base_url: str, connection_timeout: float) -> None:
+        self.timeout = connection_timeout
+        super().__init__(base_url=base_url, connection_timeout=connection_timeout)
+
+    def check_server(self, total_timeout: float = 0.0, retry_interval: float = 0.5) -> None:
+        self.session.headers.update(authorization())
+        for scheme in ("http://", "https://"):
+            self.session.mount(scheme, TimeoutAdapter(self.timeout))
+        HttpTransport(self.base_url).wait_until_up(total_timeout)
+
+
+class RolloutClient:
+    """What TRL's `VLLMGeneration` wants of a client in server mode, over one server or several replicas.
+
+    Args:
+        base_url: the server's address, or several with commas between.
+        connection_timeout: seconds to wait for a server that starts, and for any one answer.
+        payload_transport: "auto", "file" or "inline": how weights are sent.
+    """
+
+    def __init__(self, base_url: str, connection_timeout: float, payload_transport: str = "auto") -> None:
+        self.timeout = connection_timeout
+        addresses = [address.strip() for address in base_url.split(",") if address.strip()]
+        self.clients = [SingleClient(address, connection_timeout) for address in addresses]
+        engines = [
+            RemoteEngine(HttpTransport(client.base_url, payload_transport, connection_timeout))
+            for client in self.clients
+        ]
+        self.engine = engines[0] if len(engines) == 1 else Replicas(engines)
+        self.resampled_batches = 0
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """Give the servers back, so that another trainer need not wait for the lease to end."""
+        with contextlib.suppress(EngineLostError, RemoteSyncError):
+            self.engine.close()
+
+    def init_communicator(self, device: Any = None) -> None:
+        """Nothing to open: the weight sync claims the servers itself."""
+
+    def reset_prefix_cache(self) -> None:
+        """Done with every sync."""
+
+    def image_features(self, images: list[list | None], **kwargs: Any) -> list[dict | None]:
+        return self.clients[0].image_features(images, **kwargs)
+
+    def generate(
+        self, prompts: list[list[int]], features: list[dict | None] | None = None, **settings: Any
+    ) -> dict[str, Any]:
+        """Completions of all prompts from the one version that was synced last.
+
+        Raises:
+            EngineLostError: where a server is not back, or keeps changing, after several attempts.
+        """
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                if not self.engine.serves_last():
+                    self.engine.restore(self.timeout)
+                output = self._sample(prompts, features, settings)
+                if self.engine.serves_last():
+                    return output
+                reason: Exception | str = "the server's weights changed while it sampled"
+            except (requests.RequestException, EngineLostError) as error:
+                reason = error
+            self.resampled_batches += 1
+            print(f"rollouts lost ({reason}); asking for the batch again ({attempt} of {ATTEMPTS})", flush=True)
+            time.sleep(min(2.0 * attempt, 5.0))
+        raise EngineLostError(f"no batch of rollouts arrived whole in {ATTEMPTS} attempts; the last: {reason}")
+
+    def _sample(self, prompts: list[list[int]], features: list[dict | None] | None, settings: dict) -> dict[str, Any]:
+        """Split over the replicas, in order."""
+        shares = split(len(prompts), len(self.clients))
+
+        def ask(client: SingleClient, share: slice) -> dict[str, Any]:
+            part = None if features is None else features[share]
+            try:
+                return client.generate(prompts=prompts[share], features=part, **settings)
+            except requests.RequestException:
+                raise
+            except Exception as error:  # TRL raises a bare Exception for a status that is not 200
+                if not str(error).startswith("Request failed"):
+                    raise
+                raise EngineLostError(f"{client.base_url}: {error}"[:500]) from error
+
+        calls = [pair for pair in zip(self.clients, shares, strict=True) if pair[1].stop > pair[1].start]
+        with ThreadPoolExecutor(len(calls)) as pool:
+            outputs = list(pool.map(lambda call: ask(*call), calls))
+        return {key: joined([output[key] for output in outputs]) for key in outputs[0]}
+
+
+def joined(parts: list[Any]) -> Any:
+    return None if parts[0] is None else [item for part in parts for item in part]
+
+
+def split(count: int, shares: int) -> list[slice]:
+    """`count` items in `shares` contiguous slices whose sizes differ by one at most."""
+    edges = [count * i // shares for i in range(shares + 1)]
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
+
+
+def client_factory(payload_transport: str, keep: Callable[[RolloutClient], None]) -> Callable[..., RolloutClient]:
+    """What stands in for TRL's `VLLMClient` while TRL builds its generation object."""
+
+    def make(base_url: str, group_port: int = 0, connection_timeout: float = 240.0) -> RolloutClient:
+        client = RolloutClient(base_url, connection_timeout, payload_transport)
+        keep(client)
+        return client
+
+    return make

@@ -1,0 +1,104 @@
+"""A rollout server: vLLM's OpenAI server with our weight sync, a token, loopback by default, restarted when it dies."""
+
+from __future__ import annotations
+
+import ctypes
+import hmac
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from fura_rl.sync.vllm_plugin import BACKEND, EXTENSION
+
+TOKEN_VARIABLE = "FURA_ROLLOUT_TOKEN"
+OPEN_PATHS = ("/health", "/ping")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PR_SET_PDEATHSIG = 1
+SHORTEST_LIFE_SECONDS = 20.0  # a server that dies sooner has a fault that a restart does not mend
+
+
+class RequireToken:
+    """ASGI middleware: every route but the health checks wants `Authorization: Bearer $FURA_ROLLOUT_TOKEN`.
+
+    vLLM's `--api-key` leaves the routes open that change weights (`/collective_rpc`, `/pause` ...; read in 0.31).
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self.app = app
+        self.expected = f"Bearer {os.environ[TOKEN_VARIABLE]}".encode()
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self.expected):
+                headers = [(b"content-type", b"text/plain")]
+                await send({"type": "http.response.start", "status": 401, "headers": headers})
+                await send({"type": "http.response.body", "body": b"wrong or missing token"})
+                return
+        await self.app(scope, receive, send)
+
+
+def check(host: str) -> None:
+    """Raises ValueError where the server would be open to others without a token."""
+    if host not in LOOPBACK and not os.environ.get(TOKEN_VARIABLE):
+        raise ValueError(
+            f"host={host!r} lets other machines in, and whoever reaches the server can change its weights: set "
+            f"{TOKEN_VARIABLE} to a secret here and for the trainer, or serve on 127.0.0.1"
+        )
+
+
+def command(model: str, host: str, port: int, extra: Sequence[str]) -> list[str]:
+    """The server's command line; `extra` are vLLM's own options, which win."""
+    settings = {
+        "--host": host,
+        "--port": str(port),
+        "--weight-transfer-config": f'{{"backend": "{BACKEND}"}}',
+        "--worker-extension-cls": EXTENSION,
+        "--logprobs-mode": "processed_logprobs",  # temperature and filters belong to the sampling policy's log-probs
+        "--max-logprobs": "-1",
+    }
+    if os.environ.get(TOKEN_VARIABLE):
+        settings["--middleware"] = "fura_rl.serve.RequireToken"
+    words = [word for name, value in settings.items() if name not in extra for word in (name, value)]
+    # the `vllm` console script of the CPU wheel looks for another distribution and fails, the module does not
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *words, *extra]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+
+
+def serve(model: str, host: str, port: int, extra: Sequence[str], restarts: int) -> int:
+    """Run the server until it ends or this process is told to end; returns its exit code.
+
+    A server that dies after it has served a while is started again, up to `restarts` times.  It never outlives this
+    process: a SIGTERM or SIGINT ends both, and so does the death of this process (on Linux).
+    """
+    check(host)
+    for attempt in range(restarts + 1):
+        started = time.monotonic()
+        child = subprocess.Popen(command(model, host, port, extra), env=environment(), preexec_fn=die_with_parent)
+        stopped = False
+
+        def stop(number: int, frame: Any, child: subprocess.Popen = child) -> None:
+            nonlocal stopped
+            stopped = True
+            child.send_signal(number)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
+        code = child.wait()
+        too_soon = time.monotonic() - started < SHORTEST_LIFE_SECONDS
+        if stopped or code == 0 or too_soon or attempt == restarts:
+            return 0 if stopped else code
+        print(f"the rollout server died with code {code}; starting it again ({attempt + 1} of {restarts})", flush=True)
+    return code
+
+
+def die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

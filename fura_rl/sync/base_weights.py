@@ -1,0 +1,83 @@
+"""The pristine base weights of an engine: slices of its own checkpoint's safetensors files, never written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from fura_rl.sync.factors import Read, Span
+from fura_rl.sync.fingerprint import Sample, fits
+
+INDEX = "model.safetensors.index.json"
+
+
+class BaseWeights:
+    """A checkpoint folder, or a hub id that is in the local cache.
+
+    Slices come from the memory-mapped files, so that what stays in memory is the page cache's business.
+    """
+
+    def __init__(self, model: str, revision: str | None, device: torch.device) -> None:
+        self.folder = find_folder(model, revision)
+        self.device = device
+        self._files = self._index()
+        self._open: dict[str, Any] = {}
+
+    def _index(self) -> dict[str, str]:
+        index = self.folder / INDEX
+        if index.is_file():
+            return json.loads(index.read_text())["weight_map"]
+        names = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                names |= dict.fromkeys(file.keys(), path.name)
+        if not names:
+            raise FileNotFoundError(
+                f"{self.folder} holds no safetensors weights; the engine's base weight must be a safetensors checkpoint"
+            )
+        return names
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def _slice(self, name: str) -> Any:
+        file = self._files[name]
+        if file not in self._open:
+            self._open[file] = safe_open(self.folder / file, framework="pt")
+        return self._open[file].get_slice(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def read(self, name: str) -> Read:
+        """Slices of one tensor, on the engine's device, in the checkpoint's dtype."""
+        stored = self._slice(name)
+        vector = len(stored.get_shape()) == 1
+
+        def slices(rows: Span, columns: Span) -> torch.Tensor:
+            part = stored[slice(*rows)] if vector else stored[slice(*rows), slice(*columns)]
+            return part.to(self.device)
+
+        return slices
+
+    def differences(self, samples: Mapping[str, Sample]) -> list[str]:
+        """The tensors that are missing or whose sampled values are not those of the trainer's base weight."""
+        return [
+            name
+            for name, sample in samples.items()
+            if name not in self or not fits(sample, self.read(name), self.shape(name))
+        ]
+
+
+def find_folder(model: str, revision: str | None) -> Path:
+    """The local folder of a checkpoint; a hub id is looked up in the cache, where the engine has put it."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, revision=revision, local_files_only=True, allow_patterns=["*.safetensors*"]))

@@ -1,0 +1,187 @@
+"""What an adapter does to one weight, in small tensors, and how those fold into any slice of the weight.
+
+A `Factors` is a rule and its tensors; the rule turns a slice of the pristine base weight into the same slice of the
+adapted one, out of place.  The trainer folds with these rules in process, an engine's worker folds with them from its
+own checkpoint, and the audit folds the few rows it looks at: there is one fold.  Knows neither PEFT nor vLLM.
+
+Notation: W (out, in) the pristine base weight, W' the adapted one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fura_rl.sync.rounding import round_weight
+
+Span = tuple[int, int]  # a half-open range of rows or columns
+Read = Callable[[Span, Span], torch.Tensor]  # a slice of W by (rows, columns), in the base's own dtype
+
+# On a CPU, products of blocks narrower than this are slower than of two together with zeros between (measured, fp32).
+CPU_BLOCK_WIDTH = 64
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One adapted weight as `rule` and the rule's `tensors`; see `RULES` for names and shapes."""
+
+    rule: str
+    tensors: Mapping[str, torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def to_device(self, device: torch.device) -> Factors:
+        return Factors(self.rule, {name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`fold(base, tensors, rows, columns, out)` writes W'[rows, columns] into `out`.
+
+    `widen(tensors, rows, columns)` are the rows and columns of W that it needs, which are the ones that `base` holds.
+    `fold` writes in the dtype of `out`, and accumulates in float32 or wider.
+    """
+
+    names: tuple[str, ...]
+    widen: Callable[[Mapping[str, torch.Tensor], Span, Span], tuple[Span, Span]]
+    fold: Callable[[torch.Tensor, Mapping[str, torch.Tensor], Span, Span, torch.Tensor], None]
+
+
+def fold_slice(
+    read: Read,
+    factors: Factors,
+    rows: Span,
+    columns: Span,
+    out: torch.Tensor,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Write W'[rows, columns] into `out` (rows, columns), rounded once to its dtype.
+
+    A slice of the base in the dtype of `out` is folded in that dtype, with float32 accumulation inside the product;
+    any other is folded in float32.  With a `generator` the one rounding is stochastic.
+    """
+    rule = RULES[factors.rule]
+    base = None if factors.rule == "dense" else read(*rule.widen(factors.tensors, rows, columns))
+    rounds_apart = generator is not None and out.dtype.itemsize == 2
+    if not rounds_apart and (base is None or base.dtype == out.dtype):
+        rule.fold(base, factors.tensors, rows, columns, out)
+        return
+    wide = torch.promote_types(torch.float32, out.dtype)
+    exact = torch.empty(out.shape, dtype=wide, device=out.device)
+    rule.fold(None if base is None else base.to(wide), factors.tensors, rows, columns, exact)
+    out.copy_(round_weight(exact, out.dtype, generator) if rounds_apart else exact)
+
+
+def _same(tensors: Mapping[str, torch.Tensor], rows: Span, columns: Span) -> tuple[Span, Span]:
+    return rows, columns
+
+
+def _cut(span: Span, width: int) -> Span:
+    """`span` widened to whole blocks of `width`."""
+    return span[0] // width * width, -(-span[1] // width) * width
+
+
+def _fold_dense(base: None, tensors: Mapping[str, torch.Tensor], rows: Span, columns: Span, out: torch.Tensor) -> None:
+    weight = tensors["weight"]
+    out.copy_(weight[slice(*rows)] if weight.ndim == 1 else weight[slice(*rows), slice(*columns)])
+
+
+def _widen_columns(tensors: Mapping[str, torch.Tensor], rows: Span, columns: Span) -> tuple[Span, Span]:
+    return rows, _cut(columns, tensors["update"].shape[-1])
+
+
+def _fold_block_columns(
+    base: torch.Tensor, tensors: Mapping[str, torch.Tensor], rows: Span, columns: Span, out: torch.Tensor
+) -> None:
+    """W'_i = W_i + W_i D_i; only the blocks that the columns touch."""
+    update = tensors["update"]
+    wide = _cut(columns, update.shape[-1])
+    _add_block_product(base, update[wide[0] // update.shape[-1] : wide[1] // update.shape[-1]], out, wide, columns)
+
+
+def _widen_rows(tensors: Mapping[str, torch.Tensor], rows: Span, columns: Span) -> tuple[Span, Span]:
+    return _cut(rows, tensors["update"].shape[-1]), columns
+
+
+def _fold_block_rows(
+    base: torch.Tensor, tensors: Mapping[str, torch.Tensor], rows: Span, columns: Span, out: torch.Tensor
+) -> None:
+    """W'_j = W_j + D_j^T W_j: block columns of the transposed weight."""
+    update = tensors["update"]
+    wide = _cut(rows, update.shape[-1])
+    folded = torch.empty_like(base.mT, memory_format=torch.contiguous_format)
+    blocks = update[wide[0] // update.shape[-1] : wide[1] // update.shape[-1]]
+    _add_block_product(base.mT.contiguous(), blocks, folded, wide, wide)
+    out.copy_(folded.mT[rows[0] - wide[0] : rows[1] - wide[0]])
+
+
+def _add_block_product(base: torch.Tensor, update: torch.Tensor, out: torch.Tensor, wide: Span, columns: Span) -> None:
+    """out = (base + base blockdiag(update)), cut from the columns `wide` that base holds to `columns`."""
+    update = _join_narrow_blocks(update.to(base.dtype))
+    n, b, _ = update.shape
+    whole = out if wide == columns and out.stride(-1) == 1 and out.dtype == base.dtype else torch.empty_like(base)
+    whole.copy_(base)
+    blocks = whole.unflatten(1, (n, b)).transpose(0, 1)
+    blocks.baddbmm_(base.unflatten(1, (n, b)).transpose(0, 1), update)
+    if whole is not out:
+        out.copy_(whole[:, columns[0] - wide[0] : columns[1] - wide[0]])
+
+
+def _join_narrow_blocks(update: torch.Tensor) -> torch.Tensor:
+    """Pairs of narrow blocks as one of twice the width, zero outside: faster on a CPU in 32 bits, the same product."""
+    n, b, _ = update.shape
+    if update.device.type != "cpu" or update.dtype.itemsize < 4 or b >= CPU_BLOCK_WIDTH or n % 2:
+        return update
+    joined = update.new_zeros(n // 2, 2, b, 2, b)
+    joined[:, 0, :, 0] = update[0::2]
+    joined[:, 1, :, 1] = update[1::2]
+    return _join_narrow_blocks(joined.reshape(n // 2, 2 * b, 2 * b))
+
+
+def _fold_low_rank(
+    base: torch.Tensor, tensors: Mapping[str, torch.Tensor], rows: Span, columns: Span, out: torch.Tensor
+) -> None:
+    """W' = W + up down."""
+    up, down = tensors["up"][slice(*rows)].to(base.dtype), tensors["down"][:, slice(*columns)].to(base.dtype)
+    if out.dtype == base.dtype and out.is_contiguous():
+        torch.addmm(base, up, down, out=out)
+    else:
+        out.copy_(torch.addmm(base, up, down))
+
+
+def _fold_scaled_low_rank(
+    base: torch.Tensor, tensors: Mapping[str, torch.Tensor], rows: Span, columns: Span, out: torch.Tensor
+) -> None:
+    """W' = diag(scale) (W + up down); the trainer computes `scale`, so that no shard needs a norm over whole rows."""
+    wide = torch.promote_types(base.dtype, torch.float32)
+    up, down = tensors["up"][slice(*rows)].to(wide), tensors["down"][:, slice(*columns)].to(wide)
+    out.copy_(torch.addmm(base.to(wide), up, down).mul_(tensors["scale"][slice(*rows), None].to(wide)))
+
+
+def _fold_hadamard(
+    base: torch.Tensor, tensors: Mapping[str, torch.Tensor], rows: Span, columns: Span, out: torch.Tensor
+) -> None:
+    """W' = W + W * (up down), entry by entry."""
+    wide = torch.promote_types(base.dtype, torch.float32)
+    product = tensors["up"][slice(*rows)].to(wide) @ tensors["down"][:, slice(*columns)].to(wide)
+    out.copy_(torch.addcmul(base.to(wide), base.to(wide), product))
+
+
+RULES: dict[str, Rule] = {
+    # the weight itself: full fine-tuning, and methods without a small form.  weight: any shape
+    "dense": Rule(("weight",), _same, _fold_dense),
+    # update (n, b, b): FuRA on column blocks (base-relative D), OFT
+    "block_columns": Rule(("update",), _widen_columns, _fold_block_columns),
+    # update (n, b, b): FuRA on row blocks
+    "block_rows": Rule(("update",), _widen_rows, _fold_block_rows),
+    # up (out, r), down (r, in): LoRA, rsLoRA, PiSSA, OLoRA
+    "low_rank": Rule(("up", "down"), _same, _fold_low_rank),
+    # the same and scale (out,): DoRA
+    "scaled_low_rank": Rule(("up", "down", "scale"), _same, _fold_scaled_low_rank),
+    # up (out, r), down (r, in): HiRA
+    "hadamard": Rule(("up", "down"), _same, _fold_hadamard),
+}

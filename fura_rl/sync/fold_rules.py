@@ -1,0 +1,120 @@
+"""The table of adapter methods and their small forms: what of an adapter a rollout engine needs to fold it itself.
+
+A method without a line here, or an adapter that its line does not cover, is folded densely: PEFT merges it into a copy
+of the weight.  A new method is one function and one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.hira import HiraLayer
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.oft.layer import OFTLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from fura_rl.adapters import blocks
+from fura_rl.adapters.fura_layer import FuraLinear
+from fura_rl.adapters.quantized import holds_packed_weight
+from fura_rl.sync.factors import Factors
+from fura_rl.sync.sharding import whole
+
+# LoRA initialisations that move the base weight: the engine's checkpoint has the weight from before
+SHIFTING_INITS = ("pissa", "olora", "corda", "loftq", "milora")
+
+
+def fura_factors(layer: FuraLinear, names: list[str]) -> Factors | None:
+    """D of the base form, relative to the base weight: no SVD and no sign convention leaves the trainer."""
+    cores = [layer.fura_core[name] for name in names]
+    if len({(core.form, core.axis, core.block_size) for core in cores}) > 1 or cores[0].form != "base":
+        return None
+    update = sum(
+        blocks.block_update(
+            blocks.core_change(
+                core.basis_v, core.basis_s, *(_float(p) for p in (core.delta_r, core.delta_s)), core.treatment
+            ),
+            core.basis_v,
+            core.scale(),
+        )
+        for core in cores
+    )
+    columns_of_the_stored_weight = (cores[0].axis == "in") != layer.is_conv1d
+    return Factors("block_columns" if columns_of_the_stored_weight else "block_rows", {"update": update})
+
+
+def lora_factors(layer: LoraLayer, names: list[str]) -> Factors | None:
+    """up down = the sum of s B A over the active adapters; with a row scale for DoRA."""
+    variants = [layer.lora_variant[name] for name in names if name in layer.lora_variant]
+    dora = bool(variants) and all(isinstance(variant, DoraLinearVariant) for variant in variants)
+    transposed = getattr(layer, "fan_in_fan_out", False)
+    biased = any(layer.lora_bias.get(name) for name in names)
+    if not set(names) <= set(layer.lora_A) or transposed or biased or (variants and (not dora or len(names) > 1)):
+        return None
+    up = torch.cat([layer.scaling[name] * _float(layer.lora_B[name].weight) for name in names], dim=1)
+    down = torch.cat([_float(layer.lora_A[name].weight) for name in names])
+    if not dora:
+        return Factors("low_rank", {"up": up, "down": down})
+    base = whole(layer.get_base_layer().weight).float()
+    magnitude = _float(layer.lora_magnitude_vector[names[0]].weight)
+    norm = torch.addmm(base, up, down).norm(dim=1)
+    return Factors("scaled_low_rank", {"up": up, "down": down, "scale": magnitude / norm})
+
+
+def hira_factors(layer: HiraLayer, names: list[str]) -> Factors | None:
+    """W' = W + W * (B A); one adapter, since two multiply each other."""
+    if len(names) > 1 or names[0] not in layer.hira_A or getattr(layer, "fan_in_fan_out", False):
+        return None
+    [name] = names
+    return Factors("hadamard", {"up": _float(layer.hira_B[name]), "down": _float(layer.hira_A[name])})
+
+
+def oft_factors(layer: OFTLayer, names: list[str]) -> Factors | None:
+    """W' = W blockdiag(Q_i^T): D_i = Q_i^T - I."""
+    if len(names) > 1 or names[0] not in layer.oft_R or not hasattr(layer, "in_features"):
+        return None
+    rotation = layer.get_delta_weight(names[0]).float()  # (in, in), block-diagonal
+    size = layer.oft_R[names[0]].block_size
+    count = rotation.shape[0] // size
+    diagonal = torch.arange(count)
+    q = rotation.reshape(count, size, count, size)[diagonal, :, diagonal]  # (n, b, b)
+    return Factors("block_columns", {"update": q.mT - torch.eye(size, device=q.device)})
+
+
+SMALL_FORMS: dict[type[BaseTunerLayer], Callable[[Any, list[str]], Factors | None]] = {
+    FuraLinear: fura_factors,
+    LoraLayer: lora_factors,  # LoRA, rsLoRA, PiSSA, OLoRA, DoRA
+    HiraLayer: hira_factors,
+    OFTLayer: oft_factors,
+}
+
+
+@torch.no_grad()
+def small_factors(layer: BaseTunerLayer) -> Factors | None:
+    """The active adapters of one layer in a small form, or None where only the whole weight will do.
+
+    Raises:
+        RuntimeError: where the adapter is merged into its base weight, which is then no longer to be had.
+    """
+    form = next((form for kind, form in SMALL_FORMS.items() if isinstance(layer, kind)), None)
+    names = [name for name in layer.active_adapters if name in layer._get_available_adapters()]
+    if form is None or not names or holds_packed_weight(layer.get_base_layer()) or hasattr(layer, "parameter_name"):
+        return None
+    if layer.merged and not isinstance(layer, FuraLinear):
+        raise RuntimeError(
+            f"{type(layer).__name__} is merged into its base weight; call unmerge_adapter() before a weight sync"
+        )
+    return form(layer, names)
+
+
+def shifts_its_base(layer: BaseTunerLayer, adapter_configs: dict[str, Any]) -> bool:
+    """Whether making the adapter moved the base weight away from the checkpoint's (PiSSA and its kin)."""
+    inits = [getattr(adapter_configs.get(name), "init_lora_weights", None) for name in layer.active_adapters]
+    return any(isinstance(init, str) and init.lower().startswith(SHIFTING_INITS) for init in inits)
+
+
+def _float(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The whole tensor in float32 or wider."""
+    return None if tensor is None else whole(tensor).to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,201 @@
+"""The engine's side of a weight sync: stage, validate, commit.  One in every worker.
+
+Staging keeps what arrives aside while the engine goes on generating; nothing live is touched before a version is
+complete, checked and of the right owner.  A commit always folds from the pristine base, so that the same message
+brings an engine from any state to its version.  A commit that fails half-way is undone by folding the version before;
+where even that fails the engine refuses to generate.  Knows nothing of vLLM: it is handed a model to write into.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fura_rl.sync import payload
+from fura_rl.sync.base_weights import BaseWeights
+from fura_rl.sync.engine import LazyFactors, rounding_generator
+from fura_rl.sync.factors import Factors
+from fura_rl.sync.fingerprint import Sample
+
+if TYPE_CHECKING:
+    from fura_rl.sync.vllm_model import LiveModel
+
+
+class OwnershipError(RuntimeError):
+    """Another trainer holds this engine."""
+
+
+@dataclass
+class Staged:
+    """What has arrived of one version."""
+
+    version: int
+    previous: int
+    chunk_count: int
+    chunks: dict[int, dict[str, Factors]] = field(default_factory=dict)
+
+    @property
+    def factors(self) -> dict[str, Factors]:
+        return {name: factors for chunk in self.chunks.values() for name, factors in chunk.items()}
+
+
+class Receiver:
+    """Weights of one worker.
+
+    Args:
+        model: the live model to write into.
+        base: the pristine base weights it is folded from.
+    """
+
+    def __init__(self, model: LiveModel, base: BaseWeights) -> None:
+        self.model = model
+        self.base = base
+        self.version = 0
+        self.owner: str | None = None
+        self.phases: dict[str, float] = {}
+        self._lease_ends = 0.0
+        self._lease_seconds = 0.0
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._staged: Staged | None = None
+        self._applied: Mapping[str, Factors] | None = None  # of `version`, to go back to
+        self._applied_seed: int | None = None
+        self._changed: set[str] = set()  # tensors that are not the base's
+
+    # ---- ownership
+
+    def claim(
+        self,
+        owner: str,
+        lease_seconds: float,
+        tensors: dict[str, tuple[int, ...]],
+        base_samples: Mapping[str, Sample],
+    ) -> None:
+        """Take this engine for one trainer, and learn where the tensors of its policy go.
+
+        Raises:
+            OwnershipError: while another trainer's lease runs.
+            ValueError: where the engine's base weights are not the trainer's.
+        """
+        self._check_owner(owner, free_is_fine=True)
+        if different := self.base.differences(base_samples):
+            shown = ", ".join(different[:4])
+            raise ValueError(
+                f"the engine serves another base model ({self.base.folder}) than the trainer adapts: {len(different)} "
+                f"of {len(base_samples)} base weights differ, {shown} first; start both from the same checkpoint"
+            )
+        self.model.record(tensors)
+        self._shapes = tensors
+        self.owner, self._lease_seconds = owner, lease_seconds
+        self._staged = None
+        self.renew(owner)
+
+    def renew(self, owner: str) -> None:
+        self._check_owner(owner)
+        self._lease_ends = time.monotonic() + self._lease_seconds
+
+    def release(self, owner: str) -> None:
+        """Give the engine back; its weights stay."""
+        self._check_owner(owner)
+        self.owner, self._staged = None, None
+
+    def _check_owner(self, owner: str, free_is_fine: bool = False) -> None:
+        left = self._lease_ends - time.monotonic()
+        if self.owner == owner or (free_is_fine and (self.owner is None or left <= 0)):
+            return
+        if self.owner is None:
+            raise OwnershipError("no trainer has claimed this engine since it started; claim it and sync again")
+        raise OwnershipError(
+            f"this engine belongs to trainer {self.owner}, whose lease runs for another {max(left, 0):.0f} s; stop "
+            "that trainer, wait for its lease to end, or use another engine"
+        )
+
+    # ---- stage, validate, commit
+
+    def stage(
+        self, owner: str, version: int, previous: int, index: int, chunk_count: int, data: bytes, crc32: int
+    ) -> None:
+        """Keep one chunk of a version aside; nothing live is touched.
+
+        Raises:
+            OwnershipError: for another owner.
+            PayloadError: for a damaged chunk, or a version that does not follow the one that is served.
+        """
+        self.renew(owner)
+        started = time.monotonic()
+        if previous != self.version:
+            raise payload.PayloadError(
+                f"version {version} was made to follow version {previous}, but this engine serves {self.version}"
+            )
+        fresh = self._staged is None or (self._staged.version, self._staged.chunk_count) != (version, chunk_count)
+        if fresh:
+            self._staged, self.phases = Staged(version, previous, chunk_count), {"stage": 0.0}
+        self._staged.chunks[index] = payload.decode(data, crc32)
+        self.phases["stage"] += time.monotonic() - started
+
+    def commit(self, owner: str, version: int, rounding_seed: int | None = None) -> None:
+        """Check the staged version, then fold it into the live weights.
+
+        Raises:
+            OwnershipError: for another owner.
+            PayloadError: where it is incomplete, misshapen or not finite; the weights are those of before.
+        """
+        self.renew(owner)
+        started = time.monotonic()
+        factors = self._validate(version)
+        checked = time.monotonic()
+        try:
+            self._write(factors, rounding_seed)
+        except Exception:
+            self._roll_back()
+            raise
+        self.version, self._staged = version, None
+        small = all(f.rule != "dense" for f in factors.values())
+        self._applied, self._applied_seed = factors if small else None, rounding_seed
+        self.phases |= {"validate": checked - started, "fold": time.monotonic() - checked}
+
+    def _validate(self, version: int) -> dict[str, Factors]:
+        staged = self._staged
+        if staged is None or staged.version != version:
+            raise payload.PayloadError(f"version {version} was never staged here; send it before it is committed")
+        if missing := set(range(staged.chunk_count)) - set(staged.chunks):
+            raise payload.PayloadError(
+                f"version {version} is incomplete: {len(missing)} of {staged.chunk_count} chunks did not arrive"
+            )
+        payload.check(staged.factors, self._shapes)
+        return {name: factors.to_device(self.model.device) for name, factors in staged.factors.items()}
+
+    def _write(self, factors: Mapping[str, Factors], seed: int | None) -> None:
+        """Fold `factors`, and take back to the base what another policy had changed and this one does not."""
+        left_over = {name: functools.partial(self._pristine, name) for name in self._changed - factors.keys()}
+        makers = {name: functools.partial(factors.__getitem__, name) for name in factors}
+        self._changed |= factors.keys()
+        self.model.write(
+            LazyFactors(makers | left_over),
+            self.base.read,
+            lambda name: rounding_generator(None if name in left_over else seed, name, self.model.device),
+        )
+        self._changed = set(factors)
+
+    def _pristine(self, name: str) -> Factors:
+        shape = self.base.shape(name)
+        return Factors("dense", {"weight": self.base.read(name)((0, shape[0]), (0, shape[-1]))})
+
+    def _roll_back(self) -> None:
+        """Fold the version before again; without it the model stays poisoned and refuses to generate."""
+        if self._applied is not None:
+            self._write(self._applied, self._applied_seed)
+
+    def status(self) -> dict[str, Any]:
+        """What a trainer must know before it trusts this worker."""
+        return {
+            "pid": os.getpid(),
+            "version": self.version,
+            "owner": self.owner,
+            "staged": None if self._staged is None else self._staged.version,
+            "poisoned": self.model.poisoned,
+            "phases": self.phases,
+        }

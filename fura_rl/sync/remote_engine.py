@@ -1,0 +1,324 @@
+"""An engine in another process: the trainer's side of stage, validate, commit.
+
+One engine has one or more workers (tensor parallelism), reached through a `Transport`: HTTP to a server, or vLLM's own
+calls to an engine process.  Staging happens while the engine generates; it is paused only around the commit.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from fura_rl.sync import payload, probe
+from fura_rl.sync.audit import VECTORS, KernelReply
+from fura_rl.sync.engine import Push, Update
+from fura_rl.sync.factors import Span
+from fura_rl.sync.fingerprint import Sample
+from fura_rl.sync.payload_source import offered
+
+LEASE_SECONDS = 30.0
+KEPT_BYTES = 2**30  # a version up to this size is kept, to be sent to an engine that was restarted
+
+
+class RemoteSyncError(RuntimeError):
+    """An engine refused an update, or its workers disagree."""
+
+
+class EngineLostError(RuntimeError):
+    """The engine was restarted or cannot be reached; it can be claimed and synced again."""
+
+
+class Transport(Protocol):
+    """How to reach one engine."""
+
+    payload_transport: str  # "file" or "inline"
+    address: str  # for messages
+    lease_seconds: float
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def call(self, method: str, **arguments: Any) -> list[dict[str, Any]]:
+        """A method of the worker extension on every worker.  Raises EngineLostError where nobody answers."""
+
+    def pause(self) -> None:
+        """Stop stepping, drop every cached key and value; requests in flight are kept."""
+
+    def resume(self) -> None: ...
+
+    def stamp(self, version: int) -> None:
+        """Note the version where clients of the engine can see it."""
+
+    def prompt_logprobs(self, token_ids: Sequence[int]) -> torch.Tensor: ...
+
+    def wait_until_up(self, timeout: float) -> None: ...
+
+
+@dataclass(frozen=True)
+class Message:
+    """One version as it was sent; `chunks` is None where it was too large to keep."""
+
+    version: int
+    chunks: list[payload.Chunk] | None
+    rounding_seed: int | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(len(chunk.data) for chunk in self.chunks or ())
+
+
+class RemoteEngine:
+    """A running engine elsewhere that folds from its own checkpoint."""
+
+    reads_the_trainers_base = False
+
+    def __init__(self, transport: Transport) -> None:
+        self.transport = transport
+        self.owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._claim: dict[str, Any] = {}
+        self._pids: list[int] = []
+        self._heartbeat: Heartbeat | None = None
+        self._last = Message(0, [], None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transport.dtype
+
+    def prepare(self, tensors: Mapping[str, tuple[int, ...]], base_samples: Mapping[str, Sample]) -> None:
+        """Claim the engine for this trainer and check its base.
+
+        Raises:
+            RemoteSyncError: where another trainer holds it, or its base weights are not the trainer's.
+        """
+        self._claim = {
+            "owner": self.owner,
+            "lease_seconds": self.transport.lease_seconds,
+            "tensors": {name: list(shape) for name, shape in tensors.items()},
+            "base_samples": dict(base_samples),
+        }
+        self.claim()
+
+    def claim(self) -> None:
+        """Claim again what `prepare` has claimed: for an engine that was restarted."""
+        replies = self._checked("fura_claim", info=self._claim)
+        self._pids = [reply["pid"] for reply in replies]
+        if self._heartbeat is None and self.transport.lease_seconds < float("inf"):
+            self._heartbeat = Heartbeat(self.renew, self.transport.lease_seconds / 3)
+
+    def renew(self) -> None:
+        self.transport.call("fura_renew", owner=self.owner)
+
+    def close(self) -> None:
+        """Give the engine back at once instead of at the end of the lease."""
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+            self._heartbeat = None
+        if self._claim:
+            self.transport.call("fura_release", owner=self.owner)
+
+    def serves_last(self) -> bool:
+        """Whether every worker is the process that was claimed and holds the last version, unharmed."""
+        replies = self.transport.call("fura_status")
+        return [r["pid"] for r in replies] == self._pids and all(
+            (r["version"], r["owner"], r["poisoned"]) == (self._last.version, self.owner, None) for r in replies
+        )
+
+    def restore(self, timeout: float) -> None:
+        """Bring an engine that was lost, restarted or changed back to the last version; waits for it to be up.
+
+        Raises:
+            EngineLostError: where it is not up in time, or the last version was too large to be kept.
+        """
+        self.transport.wait_until_up(timeout)
+        self.claim()
+        self.resend()
+
+    def resend(self) -> None:
+        """Stage and commit the last version once more, from what was kept of it."""
+        if self._last.chunks is None:
+            raise EngineLostError(
+                f"{self.transport.address} lost its weights, and whole weights are not kept to be sent again: resume "
+                "from the last checkpoint"
+            )
+        self._deliver(self._last)
+
+    def push(self, update: Update) -> Push:
+        """Stage while the engine generates, pause, commit, resume.
+
+        Raises:
+            RemoteSyncError: with what the engine refused; its weights are those of before.
+            EngineLostError: where the engine is gone.
+        """
+        started = time.perf_counter()
+        chunks = list(payload.encode(update.factors, self.dtype))
+        encoded = time.perf_counter() - started
+        message = Message(update.version, chunks, update.rounding_seed)
+        phases = self._deliver(message)
+        self._last = message if message.nbytes <= KEPT_BYTES else Message(update.version, None, update.rounding_seed)
+        return Push(message.nbytes, {"fold": encoded, **phases})
+
+    def _deliver(self, message: Message) -> dict[str, float]:
+        """Stage every chunk, then commit; seconds by phase."""
+        clock = [time.perf_counter()]
+        serves = {reply["version"] for reply in self._checked("fura_status")}
+        stamp = {"owner": self.owner, "version": message.version}
+        for index, chunk in enumerate(message.chunks):
+            with offered(chunk.data, self.transport.payload_transport) as source:
+                info = stamp | {
+                    "previous": min(serves), "index": index, "chunk_count": len(message.chunks),
+                    "crc32": chunk.crc32, "source": source,
+                }  # fmt: skip
+                self._checked("fura_update", info=info)
+        clock.append(time.perf_counter())
+        self._commit(stamp | {"commit": True, "rounding_seed": message.rounding_seed})
+        clock.append(time.perf_counter())
+        stage, commit = (after - before for before, after in itertools.pairwise(clock))
+        return {"stage": stage, "commit": commit}
+
+    def _commit(self, info: dict[str, Any]) -> None:
+        """Commit between two steps of the engine; workers that disagree afterwards are made to refuse to generate."""
+        self.transport.pause()
+        try:
+            replies = self.transport.call("fura_update", info=info)
+            failed = [reply for reply in replies if reply["error"]]
+            if failed and len(failed) < len(replies):
+                self.transport.call("fura_poison", reason=f"a worker could not commit: {failed[0]['error']}")
+        finally:
+            self.transport.resume()
+        if failed:
+            raise RemoteSyncError(f"{self.transport.address}: {failed[0]['error']}")
+        self.transport.stamp(info["version"])
+
+    def kernel_replies(self, spans: Mapping[str, Sequence[Span]]) -> list[dict[str, KernelReply]]:
+        replies = self.transport.call(
+            "fura_replies", spans={name: [list(s) for s in part] for name, part in spans.items()}
+        )
+        return [
+            {
+                name: KernelReply(unpack(output).reshape(VECTORS, -1), unpack(covered))
+                for name, (output, covered) in worker.items()
+            }
+            for worker in replies
+        ]
+
+    def prompt_logprobs(self, token_ids: Sequence[int]) -> torch.Tensor:
+        return self.transport.prompt_logprobs(token_ids)
+
+    def _checked(self, method: str, **arguments: Any) -> list[dict[str, Any]]:
+        replies = self.transport.call(method, **arguments)
+        if failed := [reply for reply in replies if reply["error"]]:
+            if self._pids and [reply["pid"] for reply in replies] != self._pids:
+                raise EngineLostError(f"{self.transport.address} was restarted: {failed[0]['error']}")
+            raise RemoteSyncError(f"{self.transport.address}: {failed[0]['error']}")
+        return replies
+
+
+class Replicas:
+    """Several engines that serve the same policy: every sync reaches all of them, or fails."""
+
+    reads_the_trainers_base = False
+
+    def __init__(self, engines: Sequence[RemoteEngine]) -> None:
+        self.engines = list(engines)
+        if len({engine.dtype for engine in engines}) > 1:
+            raise ValueError("all replicas must serve in one dtype; start them with the same --dtype")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.engines[0].dtype
+
+    def prepare(self, tensors: Mapping[str, tuple[int, ...]], base_samples: Mapping[str, Sample]) -> None:
+        for engine in self.engines:
+            engine.prepare(tensors, base_samples)
+
+    def push(self, update: Update) -> Push:
+        pushes = [engine.push(update) for engine in self.engines]
+        phases = {phase: sum(push.phases[phase] for push in pushes) for phase in pushes[0].phases}
+        return Push(sum(push.payload_bytes for push in pushes), phases)
+
+    def kernel_replies(self, spans: Mapping[str, Sequence[Span]]) -> list[dict[str, KernelReply]]:
+        return [worker for engine in self.engines for worker in engine.kernel_replies(spans)]
+
+    def prompt_logprobs(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Of the first replica, once all agree.
+
+        Raises:
+            StaleEngineError: where replicas score the same tokens differently.
+        """
+        scores = [engine.prompt_logprobs(token_ids) for engine in self.engines]
+        gaps = [probe.max_gap(scores[0], score) for score in scores]
+        if max(gaps) > probe.default_tolerance(self.dtype):
+            address = self.engines[gaps.index(max(gaps))].transport.address
+            raise probe.StaleEngineError(f"replica {address} differs from the first by {max(gaps):.4g} nats")
+        return scores[0]
+
+    def serves_last(self) -> bool:
+        return all(engine.serves_last() for engine in self.engines)
+
+    def restore(self, timeout: float) -> None:
+        for engine in self.engines:
+            if not engine.serves_last():
+                engine.restore(timeout)
+
+    def resend(self) -> None:
+        for engine in self.engines:
+            engine.resend()
+
+    def close(self) -> None:
+        for engine in self.engines:
+            engine.close()
+
+
+class Follower:
+    """The engine as the other processes of a distributed trainer see it: they gather along and send nothing."""
+
+    reads_the_trainers_base = False
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def prepare(self, tensors: Mapping[str, tuple[int, ...]], base_samples: Mapping[str, Sample]) -> None:
+        pass
+
+    def push(self, update: Update) -> Push:
+        for name in update.factors:
+            update.factors[name]
+        return Push(0, {})
+
+    def resend(self) -> None:
+        pass
+
+
+class Heartbeat:
+    """Renews a lease from a thread of its own, so that a trainer busy with a long step keeps its engine."""
+
+    def __init__(self, renew: Callable[[], None], every_seconds: float) -> None:
+        self._renew, self._every = renew, every_seconds
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="fura-sync-lease", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._every):
+            try:
+                self._renew()
+            except EngineLostError:
+                continue  # the next sync or rollout finds out and says so
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join(timeout=5)
+
+
+def unpack(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float32)

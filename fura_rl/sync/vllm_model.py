@@ -1,0 +1,398 @@
+"""A live vLLM model as something to fold weights into.  With `vllm_engine.py`, all that touches vLLM's insides.
+
+Where each checkpoint tensor lands (fused qkv and gate_up, tensor-parallel shards, replicated heads, experts) is not
+written down here: vLLM's own weight loaders are run once over tensors without storage, and what they copy is recorded.
+
+Read in vLLM 0.31.0, CPU and CUDA sources.  `check_layout` looks for every private name used here, so that an upgrade
+that moves one ends with a message and not with stale weights.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fura_rl.sync import audit
+from fura_rl.sync.audit import KernelReply
+from fura_rl.sync.factors import Factors, Read, Span, fold_slice
+
+VLLM_VERSIONS_READ = "0.31"
+
+PRIVATE_NAMES = {
+    "vllm.distributed.weight_transfer.sharded_rdt_fake": ("BakeSink", "FakeRDTTensor"),
+    "vllm.distributed.weight_transfer.sharded_rdt_engine": ("ShardedRDTWeightTransferEngine",),
+    "vllm.model_executor.model_loader.reload.layerwise": (
+        "initialize_layerwise_reload", "get_layerwise_info", "_copy_and_restore_kernel_tensors",
+    ),
+    "vllm.model_executor.model_loader.reload.meta": ("restore_layer_on_meta", "materialize_layer"),
+    "vllm.model_executor.model_loader.reload.utils": ("get_layer_params_buffers",),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Region:
+    """Part of one checkpoint tensor as it lies in one parameter of the engine, in checkpoint layout.
+
+    `name[rows, columns]` (transposed where `transposed`) is the strided region of the parameter at `offset`.  A vector
+    has columns (0, 1).  Of a tensor with more dimensions (stacked experts) `rows` is the whole first one, and `ops` are
+    the slices that vLLM's loader cuts out of the tensor.
+    """
+
+    name: str
+    rows: Span
+    columns: Span
+    total_columns: int
+    transposed: bool
+    parameter: str
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    ops: tuple = ()
+
+    @property
+    def element_count(self) -> int:
+        return math.prod(self.shape)
+
+    def view(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The region of `parameter`, the checkpoint tensor's rows first: (rows, columns), or (rows,) of a vector."""
+        region = parameter.data.as_strided(self.shape, self.stride, self.offset)
+        return region.mT if self.transposed else region
+
+
+class PoisonedEngineError(RuntimeError):
+    """The engine's weights are torn, so it refuses to generate."""
+
+
+@dataclass
+class LiveModel:
+    """The model inside one vLLM worker.
+
+    Args:
+        model: the worker's model.
+        device: where its weights are.
+        dtype: the dtype that unquantized weights are served in.
+        context: vLLM's configuration context, in which weights must be processed.
+    """
+
+    model: nn.Module
+    device: torch.device
+    dtype: torch.dtype
+    context: Callable[[], Any]
+    regions: dict[str, list[Region]] = field(default_factory=dict)  # engine module -> what lies in it
+    owners: dict[str, list[str]] = field(default_factory=dict)  # checkpoint tensor -> engine modules that hold it
+    poisoned: str | None = None  # why the weights are torn
+
+    def __post_init__(self) -> None:
+        check_layout()
+        self.modules = dict(self.model.named_modules())
+        self.model.register_forward_pre_hook(self._refuse_while_poisoned)
+
+    def _refuse_while_poisoned(self, *_: Any) -> None:
+        if self.poisoned:
+            raise PoisonedEngineError(f"this engine refuses to generate: {self.poisoned}; sync it again")
+
+    # ---- the plan
+
+    def record(self, tensors: Mapping[str, tuple[int, ...]]) -> None:
+        """Find where each checkpoint tensor (name -> shape) lands, by a dry run of the model's own loaders.
+
+        Raises:
+            NotImplementedError: where a loader does more than slice a tensor.
+        """
+        self.regions, self.owners = {}, {}
+        modules_by_id = {id(module): name for name, module in self.modules.items()}
+        for scatter in dry_run(self, tensors):
+            name, ops = scatter.src
+            module = modules_by_id[id(scatter.layer)]
+            region = make_region(name, tensors[name], ops, scatter)
+            self.regions.setdefault(module, []).append(region)
+            owners = self.owners.setdefault(name, [])
+            if module not in owners:
+                owners.append(module)
+
+    def siblings(self, names: Iterable[str]) -> set[str]:
+        """Every checkpoint tensor in the modules that hold `names`: the fused ones, too."""
+        modules = {module for name in names for module in self.owners.get(name, ())}
+        return {region.name for module in modules for region in self.regions[module]}
+
+    # ---- writing
+
+    @torch.no_grad()
+    def write(
+        self,
+        updates: Mapping[str, Factors],
+        read: Callable[[str], Read],
+        generator: Callable[[str], torch.Generator | None] = lambda name: None,
+    ) -> None:
+        """Fold `updates` (by checkpoint name) into the live weights, always from the pristine base.
+
+        `read(name)` reads slices of a base weight, on this model's device.  `generator(name)` draws the stochastic
+        rounding of one tensor, None for rounding to nearest.  An exception leaves the engine poisoned: it refuses to
+        generate until a write succeeds.
+
+        Raises:
+            KeyError: for a tensor that no parameter of the engine takes, before anything is written.
+        """
+        if missing := [name for name in updates if name not in self.owners]:
+            raise KeyError(f"the rollout engine has no place for {', '.join(missing[:8])}")
+        by_module = {m: None for name in updates for m in self.owners[name]}
+        self.poisoned = "a weight sync was interrupted while it wrote"
+        with self.context():
+            for module_name in by_module:
+                self._write_module(module_name, updates, read, generator)
+            self._repack_tied_head(by_module)
+        self.poisoned = None
+
+    def _write_module(
+        self,
+        module_name: str,
+        updates: Mapping[str, Factors],
+        read: Callable[[str], Read],
+        generator: Callable[[str], torch.Generator | None],
+    ) -> None:
+        module, regions = self.modules[module_name], self.regions[module_name]
+        if is_in_checkpoint_layout(module, regions):
+            for region in regions:
+                if region.name in updates:
+                    fill(region, getattr(module, region.parameter), updates[region.name], read, generator)
+            return
+        with rebuilt(module):
+            for region in regions:
+                factors = updates.get(region.name)
+                fill(region, getattr(module, region.parameter), factors, read, generator if factors else lambda _: None)
+
+    def _repack_tied_head(self, written: Iterable[str]) -> None:
+        """Rebuild the kernel of an output head that shares a tensor just written: on CPU it computes from a copy."""
+        parameters = {id(p) for name in written for p in self.modules[name].parameters(recurse=False)}
+        for name, module in self.modules.items():
+            weight = getattr(module, "weight", None)
+            shared = name not in written and id(weight) in parameters
+            if (shared or name in written) and keeps_a_packed_copy(module):
+                module.quant_method.process_weights_after_loading(module)
+
+    # ---- reading
+
+    @torch.no_grad()
+    def kernel_replies(self, spans: Mapping[str, Sequence[Span]]) -> dict[str, KernelReply]:
+        """This worker's share of x W^T through the live kernels: see `audit.Kernels`."""
+        replies = {name: self._kernel_reply(name, list(wanted)) for name, wanted in spans.items()}
+        return {name: reply for name, reply in replies.items() if reply is not None}
+
+    def _kernel_reply(self, name: str, spans: list[Span]) -> KernelReply | None:
+        features = torch.cat([torch.arange(*span) for span in spans])
+        output, covered = torch.zeros(audit.VECTORS, len(features)), torch.zeros(len(features))
+        found = False
+        for module_name in self.owners.get(name, ()):
+            kernel = self._kernel(module_name)
+            if kernel is None:
+                continue
+            for region in (r for r in self.regions[module_name] if r.name == name and r.parameter == "weight"):
+                found = True
+                x = audit.probe_vectors(region.total_columns, self.device)[:, slice(*region.columns)]
+                reply = kernel(x.to(self.dtype))
+                first = region.offset // region.stride[0]  # output features lie in the order of the rows
+                here = (features >= region.rows[0]) & (features < region.rows[1])
+                picked = (features[here] - region.rows[0] + first).to(reply.device)
+                output[:, here] += reply[:, picked].float().cpu()
+                covered[here] += (region.columns[1] - region.columns[0]) / region.total_columns
+        return KernelReply(output, covered) if found else None
+
+    def _kernel(self, module_name: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """x -> x W^T as the live module computes it; None where it is no matrix.
+
+        An embedding looks its live parameter up.  Where an output head shares it, the head answers: its kernel was
+        packed from that parameter.
+        """
+        from vllm.model_executor.layers.linear import LinearBase
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+        module = self.modules[module_name]
+        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
+            weight = module.weight
+            heads = [m for m in self.modules.values() if isinstance(m, ParallelLMHead) and m.weight is weight]
+            if not heads:
+                return lambda x: x @ weight.mT
+            module = heads[0]
+        if not isinstance(module, LinearBase | ParallelLMHead):
+            return None
+        return lambda x: module.quant_method.apply(module, x, None)
+
+
+def fill(
+    region: Region,
+    parameter: torch.Tensor,
+    factors: Factors | None,
+    read: Callable[[str], Read],
+    generator: Callable[[str], torch.Generator | None],
+) -> None:
+    """Write one region: folded where there are factors, pristine where there are none."""
+    out = region.view(parameter)
+    if region.ops:
+        source = read(region.name)(region.rows, region.columns) if factors is None else factors.tensors["weight"]
+        out.copy_(replay(region.ops, source))
+    elif factors is None:
+        out.copy_(read(region.name)(region.rows, region.columns))
+    elif factors.rule == "dense" and out.ndim != 2:
+        out.copy_(factors.tensors["weight"][slice(*region.rows)])
+    else:
+        fold_slice(read(region.name), factors, region.rows, region.columns, out, generator(region.name))
+
+
+# ---- the dry run
+
+
+def dry_run(live: LiveModel, tensors: Mapping[str, tuple[int, ...]]) -> list[Any]:
+    """vLLM's record of every copy that loading `tensors` would make; the model is left as it was."""
+    from vllm.distributed.weight_transfer.sharded_rdt_engine import ShardedRDTWeightTransferEngine as Recorder
+    from vllm.distributed.weight_transfer.sharded_rdt_fake import BakeSink, FakeRDTTensor
+    from vllm.model_executor.model_loader.reload.layerwise import initialize_layerwise_reload
+
+    sink = BakeSink()
+    with live.context(), torch.device(live.device):
+        initialize_layerwise_reload(live.model)
+        try:
+            Recorder._install_recording_stamps(None, live.model, sink)
+            live.model.load_weights(
+                (name, FakeRDTTensor(name, torch.Size(shape), live.dtype, live.device, sink=sink))
+                for name, shape in tensors.items()
+            )
+        finally:
+            Recorder._restore_after_dry_run(None, live.model)
+    return [scatter for scatters in sink.copies_by_layer.values() for scatter in scatters]
+
+
+def make_region(name: str, shape: tuple[int, ...], ops: tuple, scatter: Any) -> Region:
+    """The rectangle of a checkpoint tensor that a chain of slicing ops cuts out.
+
+    The ops are replayed on index tensors: one holds each element's row, one its column, both expanded, so that they
+    take no memory.
+    """
+    rows = torch.arange(shape[0])
+    columns = torch.zeros(1, dtype=torch.long)
+    if len(shape) == 2:
+        rows, columns = rows[:, None].expand(shape), torch.arange(shape[1])[None].expand(shape)
+    elif len(shape) == 1:
+        columns = columns.expand(shape)
+    else:
+        place = scatter.param_name, scatter.offset, scatter.shape, scatter.stride
+        return Region(name, (0, shape[0]), (0, 1), 1, False, *place, ops)
+    rows, columns = replay(ops, rows), replay(ops, columns)
+    transposed = rows.ndim == 2 and rows.shape[1] > 1 and bool(rows[0, 0] != rows[0, -1])
+    region = Region(
+        name,
+        _span(rows),
+        _span(columns),
+        shape[1] if len(shape) == 2 else 1,
+        transposed,
+        scatter.param_name,
+        scatter.offset,
+        scatter.shape,
+        scatter.stride,
+    )
+    if (region.rows[1] - region.rows[0]) * (region.columns[1] - region.columns[0]) != rows.numel():
+        raise NotImplementedError(f"{name}: vLLM loads a part of it that is not a rectangle")
+    return region
+
+
+def replay(ops: tuple, tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` after the slicing that vLLM's loader did to the checkpoint tensor in its place."""
+    for op, arguments, keywords in ops:
+        if op != "contiguous":  # it would fill an expanded index with memory
+            tensor = getattr(tensor, op)(*arguments, **dict(keywords))
+    return tensor
+
+
+def _span(index: torch.Tensor) -> Span:
+    return int(index[(0,) * index.ndim]), int(index[(-1,) * index.ndim]) + 1
+
+
+# ---- modules
+
+
+def is_in_checkpoint_layout(module: nn.Module, regions: list[Region]) -> bool:
+    """Whether the live parameters are what the checkpoint holds, so that they can be written in place.
+
+    CUDA graphs stay valid then: the storage is the same.  False for weights that were packed, padded or quantized.
+    """
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    if not isinstance(getattr(module, "quant_method", None), UnquantizedLinearMethod | None) and not hasattr(
+        module, "num_embeddings"
+    ):
+        return False
+    loaded, _ = get_layerwise_info(module).restore_metadata
+    for parameter in {region.parameter for region in regions}:
+        live, start = getattr(module, parameter), loaded.get(parameter)
+        if start is not None and (live.shape, live.stride()) != (start.shape, start.stride()):
+            return False
+    return True
+
+
+def keeps_a_packed_copy(module: nn.Module) -> bool:
+    """Whether a CPU kernel of this module computes from a copy of a weight that is kept as well (an output head)."""
+    weight = getattr(module, "weight", None)
+    return hasattr(module, "cpu_linear") and weight is not None and weight.numel() > 0
+
+
+@contextmanager
+def rebuilt(module: nn.Module) -> Any:
+    """The module in checkpoint layout, uninitialised, to be filled; packed again into its kernel's tensors afterwards.
+
+    One layer's worth of memory.  vLLM's own steps for one layer of a reload.
+    """
+    from vllm.model_executor.model_loader.reload import layerwise, meta
+    from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffers
+
+    info = layerwise.get_layerwise_info(module)
+    info.kernel_tensors = get_layer_params_buffers(module)
+    info.kernel_non_persistent_buffers = set(module._non_persistent_buffers_set)
+    meta.restore_layer_on_meta(module, info)
+    meta.materialize_layer(module, info)
+    if hasattr(module, "_already_called_process_weights_after_loading"):
+        del module._already_called_process_weights_after_loading
+    yield
+    module.quant_method.process_weights_after_loading(module)
+    pack_cpu_experts(module)
+    if hasattr(module, "update_param_tp_status"):
+        module.update_param_tp_status()
+    layerwise._copy_and_restore_kernel_tensors(module, info)
+    info.reset()
+
+
+def pack_cpu_experts(module: nn.Module) -> None:
+    """Prepack experts on a CPU, which vLLM 0.31 does at the first load only: a reload of the same weights moves
+    log-probs by nats (`UnquantizedFusedMoEMethod._setup_kernel`)."""
+    from vllm.platforms import current_platform
+
+    experts = getattr(getattr(module.quant_method, "moe_kernel", None), "fused_experts", None)
+    if experts is not None and current_platform.is_cpu():
+        experts.process_weights_after_loading(module)
+
+
+def check_layout() -> None:
+    """Raises RuntimeError where this vLLM lacks a private name that this file relies on."""
+    import vllm
+
+    missing = defaultdict(list)
+    for module_name, names in PRIVATE_NAMES.items():
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError:
+            missing[module_name] = list(names)
+            continue
+        missing[module_name] = [name for name in names if not hasattr(module, name)]
+    faults = [f"{module}.{name}" for module, names in missing.items() for name in names]
+    if faults:
+        raise RuntimeError(
+            f"vLLM {vllm.__version__} lacks {', '.join(faults)}. fura_rl reads vLLM {VLLM_VERSIONS_READ}: install that "
+            "version, or bring fura_rl/sync/vllm_model.py up to the new layout"
+        )
