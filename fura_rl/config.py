@@ -29,7 +29,9 @@ class MathScriptArguments(ScriptArguments):
 
     adapter: str = field(
         default="fura",
-        metadata={"help": "How the policy is trained: fura, svd, lora, dora or full."},
+        metadata={
+            "help": "How the policy is trained: launch/adapters.py lists the methods; peft:<ConfigClass> any other."
+        },
     )
     adapter_kwargs: dict[str, Any] | str | None = field(
         default=None,

@@ -44,8 +44,10 @@ class GoldCheck:
         return len(self.unreadable) / self.total if self.total else 0.0
 
 
-def load_splits(script: MathScriptArguments, mixture: DatasetMixtureConfig | None = None) -> DatasetDict:
-    """The raw splits of `dataset_name` or of TRL's `datasets` mixture.
+def load_splits(
+    script: MathScriptArguments, mixture: DatasetMixtureConfig | None = None, revision: str | None = None
+) -> DatasetDict:
+    """The raw splits of `dataset_name`, at `revision` of the hub, or of TRL's `datasets` mixture.
 
     Raises:
         ValueError: where none is named, or a local file is missing or of an unknown kind.
@@ -68,12 +70,14 @@ def load_splits(script: MathScriptArguments, mixture: DatasetMixtureConfig | Non
     if path.suffix in LOCAL_FORMATS:
         if not path.is_file():
             raise ValueError(f"dataset_name={name!r} does not exist")
+        if not path.stat().st_size:  # datasets ends with a bare StopIteration
+            raise ValueError(f"dataset_name={name!r} is empty: it has no problems")
         return load_dataset(LOCAL_FORMATS[path.suffix], data_files={script.dataset_train_split: str(path)})
     if path.is_absolute() and not path.exists():
         raise ValueError(f"dataset_name={name!r} does not exist")
     if script.dataset_streaming:
         raise ValueError("dataset_streaming=true is not supported: every gold is checked before training starts")
-    return load_dataset(name, name=script.dataset_config)
+    return load_dataset(name, name=script.dataset_config, revision=revision)
 
 
 def pick_split(splits: DatasetDict, spec: str, source: str) -> Dataset:

@@ -74,9 +74,8 @@ def test_engine_and_trainer_agree_after_many_syncs(engines, checkpoint, adapter)
         assert report.update_cosine == pytest.approx(1.0)
         assert report.audit_gain_min == pytest.approx(1.0, abs=0.01)
         assert report.version == step + 2
-    assert probe.max_gap(start, probe.trainer_logprobs(policy, sync.probe_token_ids)) > 100 * PARITY_NATS, (
-        "it must move"
-    )
+    moved = probe.max_gap(start, probe.trainer_logprobs(policy, sync.probe_token_ids))
+    assert moved > 20 * PARITY_NATS, "it must move; HiRA's products move least"
 
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}

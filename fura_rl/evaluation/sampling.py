@@ -33,12 +33,14 @@ class Sample:
     """One completion and its verdict."""
 
     problem: int  # index of the problem
+    sample: int  # index among the problem's samples
     text: str
     token_ids: list[int]
     answer: str | None  # content of the last closed box, or what followed "the answer is"
     gold: str
     correct: bool  # by a box; an answer in words alone is told apart by its `source`
     status: str  # a status of `rewards.Result`
+    reason: str  # how it was decided, or what went wrong
     source: str | None  # "box" or "phrase"
     finish_reason: str  # "stop", or "length" where max_tokens cut it
 
@@ -62,26 +64,6 @@ class Evaluation:
         counts = self.correct_counts
         return sum(pass_at_k(self.n, c, k) for c in counts) / len(counts)
 
-    @property
-    def truncated_frac(self) -> float:
-        return sum(sample.finish_reason == "length" for sample in self.samples) / len(self.samples)
-
-    @property
-    def no_answer_frac(self) -> float:
-        """Without a boxed answer."""
-        return sum(sample.source != "box" for sample in self.samples) / len(self.samples)
-
-    @property
-    def phrase_correct_frac(self) -> float:
-        """Right in words ("the answer is 5") without a box: in no score, told beside it."""
-        right = [sample.status == "correct" and sample.source == "phrase" for sample in self.samples]
-        return sum(right) / len(self.samples)
-
-    @property
-    def ungraded_frac(self) -> float:
-        """Timed out, out of memory or crashed while they were graded; they count as wrong."""
-        return sum(sample.status in ("timeout", "memory", "crashed") for sample in self.samples) / len(self.samples)
-
     def rows(self) -> list[dict[str, Any]]:
         return [asdict(sample) for sample in self.samples]
 
@@ -94,12 +76,13 @@ def evaluate(
     sampling: Sampling,
     stop_token_ids: list[int] | None = None,
     progress: bool = True,
+    first_problem: int = 0,
 ) -> Evaluation:
     """Sample `sampling.n` completions for every prompt and grade each with the reward's own grader.
 
     The same seed gives the same samples; the caller's random state is left as it was.  The engine of this process
     draws from torch's global generator: a seed per request fails on CPU where a prompt is prefilled in chunks (vLLM
-    0.31 asks the CPU generator for an offset).
+    0.31 asks the CPU generator for an offset).  `first_problem` is the index of the first prompt in the benchmark.
 
     Raises:
         ValueError: where there are no prompts, or their number differs from that of the golds.
@@ -120,26 +103,31 @@ def evaluate(
         torch.manual_seed(sampling.seed)
         outputs = llm.generate(requests, params, use_tqdm=progress)
     drawn = [
-        (index, gold, completion, tokenizer.decode(completion.token_ids, skip_special_tokens=True))
-        for index, (output, gold) in enumerate(zip(outputs, golds, strict=True))
-        for completion in output.outputs
+        (problem, index, gold, completion)
+        for problem, (output, gold) in enumerate(zip(outputs, golds, strict=True), first_problem)
+        for index, completion in enumerate(output.outputs)
     ]
-    verdicts = grade(
-        [Item(text, gold, truncated=completion.finish_reason == "length") for _, gold, completion, text in drawn],
-        mode="evaluation",
-    )
+    texts = tokenizer.batch_decode([completion.token_ids for *_, completion in drawn], skip_special_tokens=True)
+    items = [
+        Item(text, gold, truncated=completion.finish_reason == "length")
+        for text, (_, _, gold, completion) in zip(texts, drawn, strict=True)
+    ]
     samples = [
         Sample(
-            problem=index,
+            problem=problem,
+            sample=index,
             text=text,
             token_ids=list(completion.token_ids),
             answer=verdict.answer,
             gold=gold,
             correct=verdict.correct and verdict.source == "box",
             status=verdict.status,
+            reason=verdict.decided_by,
             source=verdict.source,
             finish_reason=str(completion.finish_reason),
         )
-        for (index, gold, completion, text), verdict in zip(drawn, verdicts, strict=True)
+        for text, (problem, index, gold, completion), verdict in zip(
+            texts, drawn, grade(items, mode="evaluation"), strict=True
+        )
     ]
     return Evaluation(samples, sampling.n)
