@@ -17,6 +17,7 @@ STEPS = 3
 OPTIONS = [
     *("--config", str(REPOSITORY / "configs" / "quickstart.yaml"), "--max_steps", str(STEPS)),
     *("--per_device_train_batch_size", "32", "--eval_problems", "0", "--save_strategy", "no", "--lora_r", "8"),
+    *("--sync_probe_every", "1"),
 ]
 
 
