@@ -135,7 +135,7 @@ def alive(group):
 
 def test_the_readmes_python_blocks_run(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
         done = subprocess.run(
@@ -150,7 +150,7 @@ def test_the_readmes_commands_are_known():
     blocks = re.findall(r"```sh\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
     lines = [line.partition("#")[0].split() for block in blocks for line in block.splitlines()]
     training = [line[line.index("launch/grpo_math.py") + 1 :] for line in lines if "launch/grpo_math.py" in line]
-    assert len(training) == 5
+    assert len(training) == 6
     for options in training:
         refuse_unknown_keys([option for option in options if option != "--help"])
     targets = {line[1] for line in lines if line[:1] == ["make"]}

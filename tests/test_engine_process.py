@@ -25,6 +25,7 @@ CASES = {
     "lora": ("lora", None, None),
     "dora": ("dora", None, None),
     "pissa": ("lora", {"init_lora_weights": "pissa"}, None),
+    "milora": ("milora", None, None),
     "full": ("full", None, None),
 }
 

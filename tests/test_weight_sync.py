@@ -127,8 +127,12 @@ def test_a_fused_module_arrives_whole_when_only_one_member_is_adapted(engines):
     assert report.payload_bytes == expected, "nothing but the adapted modules and their fused siblings is sent"
 
 
-def test_a_bfloat16_base_is_bit_identical_after_a_thousand_syncs(engines):
-    policy, sync = make_sync(*engines("bfloat16"), "fura", dtype=torch.bfloat16)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name not in ("fura", "full", "lift")]
+
+
+@pytest.mark.parametrize("adapter", ["fura", *SLOW])
+def test_a_bfloat16_base_is_bit_identical_after_a_thousand_syncs(engines, adapter):
+    policy, sync = make_sync(*engines("bfloat16"), adapter, dtype=torch.bfloat16)
     before = {name: p.detach().clone() for name, p in policy.named_parameters() if not p.requires_grad}
     sync.probe_every = 100
     for step in range(1000):
