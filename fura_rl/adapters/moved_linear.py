@@ -2,7 +2,7 @@
 
 A buffer beyond the allocator's reach costs a CPU more than the product written to it: its pages are mapped and cleared
 at every step.  So for a large x the forward moves the weight where that is smaller, else x in parts, and the backward
-moves the gradient inside the buffer it came in.  The same function as `add_update` followed by the base layer,
+always moves the gradient inside the buffer it came in.  The same function as `add_update` followed by the base layer,
 which serves every other device, base layer and mode.  Shapes as in blocks.py: x (..., in), D (n, b, b), W (out, in).
 """
 
@@ -67,7 +67,5 @@ class _MovedLinear(torch.autograd.Function):
         grad_update = token_products(moved_grad, x, n, b) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
             return None, grad_update, None, None
-        if moved_grad.nbytes < LARGE_BYTES:
-            return move(moved_grad, update).view(x.shape), grad_update, None, None
         move_parts(moved_grad, update, result=moved_grad)
         return moved_grad.view(x.shape), grad_update, None, None
