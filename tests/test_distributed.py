@@ -69,7 +69,9 @@ def test_a_sharded_trainer_brings_the_engine_where_a_single_process_does(
     assert (result["kind"], result["processes"]) == ("FSDP" if kind == "fsdp2" else "MULTI_CPU", 2)
     assert (result["pieces"] > 20) == (kind == "fsdp2"), "the policy must really be sharded"
     assert max(result["gaps"]) < NATS
-    unseen = {"full": [None], "fura-core": [None] * 3 if kind == "fsdp2" else []}.get(case, [])  # no base to compare with
+    unseen = {"full": [None], "fura-core": [None] * 3 if kind == "fsdp2" else []}.get(
+        case, []
+    )  # no base to compare with
     assert result["gains"] == [*unseen, *[pytest.approx(1.0, abs=0.01)] * (3 - len(unseen))]
     assert other["gaps"] == [None] * 3
     single = sync_in_one_process(case, result["trained"], rollout_server)
@@ -129,5 +131,6 @@ def test_grpo_trains_in_two_processes_on_one_server(kind, adapter, rollout_serve
     assert all(entry["sampling/sampling_logp_difference/max"] < 1e-4 for entry in steps), "rollouts are the policy's"
     saved = load_file(tmp_path / "checkpoint-3" / "adapter_model.safetensors")
     expected = get_peft_model_state_dict(policy_of(adapter, rollout_server.model))
-    assert {n: t.shape for n, t in saved.items()} == {n: t.shape for n, t in expected.items()}, "the checkpoint is whole"
-
+    assert {n: t.shape for n, t in saved.items()} == {n: t.shape for n, t in expected.items()}, (
+        "the checkpoint is whole"
+    )
