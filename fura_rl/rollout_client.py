@@ -10,7 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import itertools
-import time
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +22,8 @@ from trl.generation.vllm_client import VLLMClient
 
 from fura_rl.sync.http_transport import HttpTransport, authorization
 from fura_rl.sync.remote_engine import EngineLostError, RemoteEngine, RemoteSyncError, Replicas
+
+logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 TRANSPORTS = ("auto", "file", "inline")
@@ -94,21 +96,21 @@ class RolloutClient:
         """Completions of all prompts from the one version that was synced last.
 
         Raises:
-            EngineLostError: where a server is not back, or keeps changing, after several attempts.
+            EngineLostError: where a server is not back within `connection_timeout`, or batch after batch is lost.
+            RemoteSyncError: where what came back is another engine: another base model, another trainer's.
         """
         for attempt in range(1, ATTEMPTS + 1):
+            if not self.engine.serves_last():
+                self.engine.restore(self.timeout)
             try:
-                if not self.engine.serves_last():
-                    self.engine.restore(self.timeout)
                 output = self._sample(prompts, features, settings)
                 if self.engine.serves_last():
                     return output
-                reason: Exception | str = "the server's weights changed while it sampled"
+                reason: Exception | str = "the server was restarted or its weights changed while it sampled"
             except (requests.RequestException, EngineLostError) as error:
                 reason = error
             self.resampled_batches += 1
-            print(f"rollouts lost ({reason}); asking for the batch again ({attempt} of {ATTEMPTS})", flush=True)
-            time.sleep(min(2.0 * attempt, 5.0))
+            logger.warning("rollouts lost (%s); asking for the batch again (%d of %d)", reason, attempt, ATTEMPTS)
         raise EngineLostError(f"no batch of rollouts arrived whole in {ATTEMPTS} attempts; the last: {reason}")
 
     def _sample(self, prompts: list[list[int]], features: list[dict | None] | None, settings: dict) -> dict[str, Any]:

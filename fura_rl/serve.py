@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hmac
 import os
@@ -81,7 +82,9 @@ def serve(model: str, host: str, port: int, extra: Sequence[str], restarts: int)
     check(host)
     for attempt in range(restarts + 1):
         started = time.monotonic()
-        child = subprocess.Popen(command(model, host, port, extra), env=environment(), preexec_fn=die_with_parent)
+        child = subprocess.Popen(
+            command(model, host, port, extra), env=environment(), preexec_fn=die_with_parent, process_group=0
+        )
         stopped = False
 
         def stop(number: int, frame: Any, child: subprocess.Popen = child) -> None:
@@ -92,6 +95,8 @@ def serve(model: str, host: str, port: int, extra: Sequence[str], restarts: int)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
         code = child.wait()
+        with contextlib.suppress(ProcessLookupError):  # an engine whose server was killed would keep its memory
+            os.killpg(child.pid, signal.SIGKILL)
         too_soon = time.monotonic() - started < SHORTEST_LIFE_SECONDS
         if stopped or code == 0 or too_soon or attempt == restarts:
             return 0 if stopped else code

@@ -32,7 +32,9 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def make_tiny_checkpoint(folder: Path, *, tied: bool, dtype: torch.dtype = torch.float32, **overrides: object) -> Path:
+def make_tiny_checkpoint(
+    folder: Path, *, tied: bool, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: object
+) -> Path:
     """A random Qwen3 of the quickstart's architecture, narrower, with outputs peaked enough to notice a change."""
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
@@ -45,7 +47,7 @@ def make_tiny_checkpoint(folder: Path, *, tied: bool, dtype: torch.dtype = torch
     for name, value in settings.items():
         setattr(config, name, value)
     config.layer_types = ["full_attention"] * config.num_hidden_layers
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = Qwen3ForCausalLM(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

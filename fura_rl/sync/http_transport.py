@@ -53,7 +53,7 @@ class HttpTransport:
         """The JSON of a reply.
 
         Raises:
-            EngineLostError: where nobody answers in time.
+            EngineLostError: where nobody answers in time, or the engine behind the server is dead (5xx).
             RemoteSyncError: where the server refuses, with its words.
         """
         try:
@@ -72,6 +72,8 @@ class HttpTransport:
             raise RemoteSyncError(
                 f"{self.address} has no {path}: start it with launch/serve_rollouts.py, or with VLLM_SERVER_DEV_MODE=1"
             )
+        if reply.status_code >= requests.codes.server_error:
+            raise EngineLostError(f"{self.address}{path} failed with {reply.status_code}: {reply.text[:500]}")
         if not reply.ok:
             raise RemoteSyncError(f"{self.address}{path} failed with {reply.status_code}: {reply.text[:500]}")
         return reply.json() if reply.content else {}

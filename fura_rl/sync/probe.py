@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,13 +19,16 @@ class StaleEngineError(RuntimeError):
 
 
 @torch.no_grad()
-def trainer_logprobs(model: nn.Module, token_ids: Sequence[int]) -> torch.Tensor:
-    """The trainer's side of `InProcessEngine.prompt_logprobs`: (len(token_ids) - 1,), in nats, float32 on CPU."""
+def trainer_logprobs(model: nn.Module, token_ids: Sequence[int], **inputs: Any) -> torch.Tensor:
+    """The trainer's side of `InProcessEngine.prompt_logprobs`: (len(token_ids) - 1,), in nats, float32 on CPU.
+
+    `inputs` are what else the model's forward wants beside `input_ids`.
+    """
     training = model.training
     model.eval()
     try:
         ids = torch.tensor([list(token_ids)], device=next(model.parameters()).device)
-        logits = model(input_ids=ids).logits[0, :-1].float()
+        logits = model(input_ids=ids, **inputs).logits[0, :-1].float()
         return logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].cpu()
     finally:
         model.train(training)

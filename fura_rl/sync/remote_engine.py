@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import itertools
+import logging
 import os
 import secrets
 import socket
@@ -25,6 +26,8 @@ from fura_rl.sync.engine import Push, Update
 from fura_rl.sync.factors import Span
 from fura_rl.sync.fingerprint import Sample
 from fura_rl.sync.payload_source import offered
+
+logger = logging.getLogger(__name__)
 
 LEASE_SECONDS = 30.0
 KEPT_BYTES = 2**30  # a version up to this size is kept, to be sent to an engine that was restarted
@@ -44,6 +47,7 @@ class Transport(Protocol):
     payload_transport: str  # "file" or "inline"
     address: str  # for messages
     lease_seconds: float
+    timeout: float  # seconds that one call may take, and that a lost engine has to come back
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -110,6 +114,7 @@ class RemoteEngine:
 
     def claim(self) -> None:
         """Claim again what `prepare` has claimed: for an engine that was restarted."""
+        self._pids = []
         replies = self._checked("fura_claim", info=self._claim)
         self._pids = [reply["pid"] for reply in replies]
         if self._heartbeat is None and self.transport.lease_seconds < float("inf"):
@@ -127,8 +132,11 @@ class RemoteEngine:
             self.transport.call("fura_release", owner=self.owner)
 
     def serves_last(self) -> bool:
-        """Whether every worker is the process that was claimed and holds the last version, unharmed."""
-        replies = self.transport.call("fura_status")
+        """Whether every worker is the process that was claimed, answers, and holds the last version, unharmed."""
+        try:
+            replies = self.transport.call("fura_status")
+        except EngineLostError:
+            return False
         return [r["pid"] for r in replies] == self._pids and all(
             (r["version"], r["owner"], r["poisoned"]) == (self._last.version, self.owner, None) for r in replies
         )
@@ -138,10 +146,19 @@ class RemoteEngine:
 
         Raises:
             EngineLostError: where it is not up in time, or the last version was too large to be kept.
+            RemoteSyncError: where what came up is not the engine that was lost: another base, another trainer's.
         """
-        self.transport.wait_until_up(timeout)
-        self.claim()
-        self.resend()
+        deadline = time.monotonic() + timeout
+        while True:
+            self.transport.wait_until_up(max(0.0, deadline - time.monotonic()))
+            try:
+                self.claim()
+                self.resend()
+                return
+            except EngineLostError:  # a dying server answers /health for a moment
+                if self._last.chunks is None or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.5)
 
     def resend(self) -> None:
         """Stage and commit the last version once more, from what was kept of it."""
@@ -153,19 +170,33 @@ class RemoteEngine:
         self._deliver(self._last)
 
     def push(self, update: Update) -> Push:
-        """Stage while the engine generates, pause, commit, resume.
+        """Stage while the engine generates, pause, commit, resume.  An engine lost meanwhile is waited for.
 
         Raises:
             RemoteSyncError: with what the engine refused; its weights are those of before.
-            EngineLostError: where the engine is gone.
+            EngineLostError: where the engine is gone and does not come back in time.
         """
         started = time.perf_counter()
-        chunks = list(payload.encode(update.factors, self.dtype))
+        message = Message(update.version, list(payload.encode(update.factors, self.dtype)), update.rounding_seed)
         encoded = time.perf_counter() - started
-        message = Message(update.version, chunks, update.rounding_seed)
-        phases = self._deliver(message)
-        self._last = message if message.nbytes <= KEPT_BYTES else Message(update.version, None, update.rounding_seed)
+        before, self._last = self._last, message
+        try:
+            phases = self._recovering(lambda: self._deliver(message))
+        except RemoteSyncError:
+            self._last = before
+            raise
+        if message.nbytes > KEPT_BYTES:
+            self._last = Message(update.version, None, update.rounding_seed)
         return Push(message.nbytes, {"fold": encoded, **phases})
+
+    def _recovering(self, call: Callable[[], Any]) -> Any:
+        """`call()`, once more where the engine was lost and came back with the last version."""
+        try:
+            return call()
+        except EngineLostError as lost:
+            logger.warning("%s; waiting for it to come back", lost)
+            self.restore(self.transport.timeout)
+            return call()
 
     def _deliver(self, message: Message) -> dict[str, float]:
         """Stage every chunk, then commit; seconds by phase."""
@@ -200,9 +231,8 @@ class RemoteEngine:
         self.transport.stamp(info["version"])
 
     def kernel_replies(self, spans: Mapping[str, Sequence[Span]]) -> list[dict[str, KernelReply]]:
-        replies = self.transport.call(
-            "fura_replies", spans={name: [list(s) for s in part] for name, part in spans.items()}
-        )
+        wanted = {name: [list(s) for s in part] for name, part in spans.items()}
+        replies = self._recovering(lambda: self.transport.call("fura_replies", spans=wanted))
         return [
             {
                 name: KernelReply(unpack(output).reshape(VECTORS, -1), unpack(covered))
@@ -212,7 +242,7 @@ class RemoteEngine:
         ]
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> torch.Tensor:
-        return self.transport.prompt_logprobs(token_ids)
+        return self._recovering(lambda: self.transport.prompt_logprobs(token_ids))
 
     def _checked(self, method: str, **arguments: Any) -> list[dict[str, Any]]:
         replies = self.transport.call(method, **arguments)
@@ -312,7 +342,7 @@ class Heartbeat:
         while not self._stopped.wait(self._every):
             try:
                 self._renew()
-            except EngineLostError:
+            except (EngineLostError, RemoteSyncError):
                 continue  # the next sync or rollout finds out and says so
 
     def stop(self) -> None:

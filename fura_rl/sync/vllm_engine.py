@@ -120,6 +120,7 @@ class ProcessTransport:
     """A `vllm.LLM` whose engine runs in processes of its own (vLLM's default), reached through vLLM's calls."""
 
     lease_seconds = float("inf")  # the engine ends with this process
+    timeout = 0.0  # an engine process that died does not come back
     payload_transport = "file"
     address = "the engine process"
 

@@ -1,0 +1,211 @@
+"""Fault drill on a real rollout server: what is killed, stopped, exchanged or poisoned ends in recovery or a clear error.
+
+One server for all; tests that kill it wait for its supervisor to start it again.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from conftest import PARITY_NATS, REPOSITORY, make_tiny_checkpoint, perturb_trained
+from distributed_trainer import TOKENS, policy_of
+from rollout_server import child_environment
+
+from fura_rl.rollout_client import RolloutClient
+from fura_rl.sync import probe
+from fura_rl.sync.engine import Update
+from fura_rl.sync.factors import Factors
+from fura_rl.sync.http_transport import HttpTransport
+from fura_rl.sync.remote_engine import EngineLostError, RemoteEngine, RemoteSyncError
+from fura_rl.sync.weight_sync import WeightSync
+
+pytestmark = pytest.mark.slow
+
+RECOVERY_SECONDS = 30
+PROMPTS = [TOKENS[:n] for n in (8, 12, 16, 20)]
+SAMPLING = {"n": 4, "max_tokens": 200, "temperature": 1.0, "logprobs": 0}
+
+
+@pytest.fixture
+def trainer(rollout_server):
+    """A synced trainer: policy, sync, client."""
+    client = RolloutClient(rollout_server.wait_until_up().url, connection_timeout=240.0)
+    policy = policy_of("fura", rollout_server.model)
+    sync = WeightSync(policy, client.engine, TOKENS, probe_every=1)
+    sync.sync()
+    yield policy, sync, client
+    rollout_server.wait_until_up()
+    client.close()
+
+
+def sampled_from(policy, output, prompts, n):
+    """The largest gap between the sampler's log-probs and the policy's, over every sampled token."""
+    gaps = []
+    for i, (completion, logprobs) in enumerate(zip(output["completion_ids"], output["logprobs"], strict=True)):
+        prompt = prompts[i // n]
+        scored = probe.trainer_logprobs(policy, [*prompt, *completion])[len(prompt) - 1 :]
+        gaps.append(probe.max_gap(torch.tensor([entry[0] for entry in logprobs]), scored))
+    return max(gaps)
+
+
+def in_background(function):
+    """(thread, its results): one entry of what `function` returned or raised, and when."""
+    done = []
+
+    def run():
+        try:
+            done.append((function(), time.monotonic()))
+        except Exception as error:
+            done.append((error, time.monotonic()))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread, done
+
+
+def test_a_server_killed_while_it_generates_gives_a_whole_batch_of_one_version(trainer, rollout_server):
+    policy, sync, client = trainer
+    perturb_trained(policy, 0.2, seed=1)
+    sync.sync()
+    thread, done = in_background(lambda: client.generate(PROMPTS, **SAMPLING))
+    while not requests_are_running(rollout_server):
+        assert thread.is_alive(), "the server must be killed while it generates"
+    family = rollout_server.processes()
+    rollout_server.api_server().kill()  # its engine is an orphan for a moment
+    rollout_server.wait_until_up()
+    up = time.monotonic()
+    thread.join(240)
+    output, finished = done[0]
+    assert not isinstance(output, Exception), output
+    assert finished - up < RECOVERY_SECONDS
+    assert client.resampled_batches >= 1
+    assert len(output["completion_ids"]) == len(PROMPTS) * SAMPLING["n"]
+    assert sampled_from(policy, output, PROMPTS, SAMPLING["n"]) < PARITY_NATS, "all of it from the synced policy"
+    assert not [process for process in family if process.is_running()], "an orphan is left"
+
+
+def requests_are_running(server):
+    import requests
+
+    text = requests.get(f"{server.url}/metrics", timeout=10).text
+    return any(
+        line.startswith("vllm:num_requests_running") and float(line.rpartition(" ")[2]) > 0
+        for line in text.splitlines()
+    )
+
+
+def test_a_server_that_comes_back_with_another_base_is_refused_by_name_and_then_recovers(
+    trainer, rollout_server, tmp_path, monkeypatch
+):
+    policy, sync, client = trainer
+    weights = rollout_server.model / "model.safetensors"
+    shutil.copy(weights, tmp_path / "kept")
+    other = make_tiny_checkpoint(tmp_path / "other", tied=False, seed=1) / "model.safetensors"
+    perturb_trained(policy, 0.2, seed=2)
+    pause = client.engine.transport.pause
+
+    def killed_mid_sync():  # after everything was staged, before the commit
+        monkeypatch.undo()
+        rollout_server.kill()
+        pause()
+
+    monkeypatch.setattr(client.engine.transport, "pause", killed_mid_sync)
+    os.replace(other, weights)
+    try:
+        with pytest.raises(RemoteSyncError, match=r"another base model .*model\.layers\.0\.self_attn\.q_proj\.weight"):
+            sync.sync()
+    finally:
+        os.replace(tmp_path / "kept", weights)
+    rollout_server.kill()
+    thread, done = in_background(sync.sync)
+    time.sleep(2)
+    rollout_server.wait_until_up()
+    up = time.monotonic()
+    thread.join(240)
+    report, finished = done[0]
+    assert not isinstance(report, Exception), report
+    assert report.probe_max_gap < PARITY_NATS
+    assert finished - up < RECOVERY_SECONDS
+
+
+def test_a_server_that_hangs_is_a_clear_error_in_time(trainer, rollout_server):
+    _, sync, client = trainer
+    impatient = RolloutClient(rollout_server.url, connection_timeout=5.0)
+    impatient.engine = client.engine
+    impatient.engine.transport.timeout = 5.0
+    stopped = rollout_server.processes()
+    for process in stopped:
+        process.suspend()
+    started = time.monotonic()
+    try:
+        with pytest.raises(EngineLostError, match=r"was not up within 5 s.*did not answer within"):
+            impatient.generate(PROMPTS, **SAMPLING)
+        assert time.monotonic() - started < RECOVERY_SECONDS
+    finally:
+        for process in stopped:
+            process.resume()
+        client.engine.transport.timeout = 240.0
+    assert client.generate(PROMPTS, **SAMPLING)["completion_ids"]
+
+
+def test_a_payload_with_a_nan_is_refused_and_touches_nothing(trainer):
+    _, sync, client = trainer
+    before = client.engine.prompt_logprobs(TOKENS)
+    name = "model.layers.1.mlp.down_proj.weight"
+    out_features, in_features = sync.weights[name].shape
+    up = torch.full((out_features, 2), float("nan"))
+    update = Update(
+        99, sync.version, {name: Factors("low_rank", {"up": up, "down": torch.zeros(2, in_features)})}, None
+    )
+    with pytest.raises(RemoteSyncError, match=rf"{name}: up is not finite"):
+        client.engine.push(update)
+    assert torch.equal(client.engine.prompt_logprobs(TOKENS), before)
+    assert client.engine.serves_last()
+    assert sync.sync().probe_max_gap < PARITY_NATS
+
+
+def test_a_trainer_killed_between_stage_and_commit_leaves_a_server_that_the_next_one_claims(rollout_server):
+    child = subprocess.run(
+        [sys.executable, "-c", KILLED_TRAINER, rollout_server.url, str(rollout_server.model)],
+        capture_output=True, text=True, timeout=300, cwd=REPOSITORY / "tests", env=child_environment(),
+    )  # fmt: skip
+    assert child.returncode == -signal.SIGKILL, child.stderr[-3000:]
+    policy = policy_of("lora", rollout_server.model)
+    engine = RemoteEngine(HttpTransport(rollout_server.url))
+    with pytest.raises(RemoteSyncError, match=r"belongs to trainer .* whose lease runs for another \d+ s"):
+        WeightSync(policy, engine, TOKENS)
+    deadline = time.monotonic() + KILLED_TRAINERS_LEASE + 5
+    while True:
+        try:
+            sync = WeightSync(policy, engine, TOKENS)
+            break
+        except RemoteSyncError:
+            assert time.monotonic() < deadline, "the lease must end"
+            time.sleep(0.5)
+    assert sync.sync().probe_max_gap < PARITY_NATS
+    engine.close()
+
+
+KILLED_TRAINERS_LEASE = 8
+KILLED_TRAINER = f"""
+import os, signal, sys
+from distributed_trainer import TOKENS, policy_of
+from fura_rl.sync.http_transport import HttpTransport
+from fura_rl.sync.remote_engine import RemoteEngine
+from fura_rl.sync.weight_sync import WeightSync
+
+transport = HttpTransport(sys.argv[1])
+transport.lease_seconds = {KILLED_TRAINERS_LEASE}
+pause = transport.pause
+def paused_then_killed():
+    pause()
+    os.kill(os.getpid(), signal.SIGKILL)
+transport.pause = paused_then_killed
+WeightSync(policy_of("fura", sys.argv[2]), RemoteEngine(transport), TOKENS).sync()
+"""
