@@ -196,7 +196,7 @@ def test_the_report_is_drawn_by_a_real_browser(finished, width, scheme):
     shot = output / "shot.png"
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={width},1800"]
     command = [browser, *options, *LIGHT_DARK[scheme], f"--screenshot={shot}", f"file://{output}/report.html"]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, check=True, capture_output=True, timeout=400)
     pixels = matplotlib.image.imread(shot)[..., :3]
     assert pixels.shape[1] == width
     corner = pixels[2, 2].mean()
