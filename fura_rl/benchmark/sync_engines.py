@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from fura_rl.benchmark.measure import Settings
 from fura_rl.benchmark.models import random_model
 from fura_rl.quickstart import BASE_MODEL
+from fura_rl.serve import die_with_parent
 from fura_rl.sync.fold import checkpoint_weights
 
 if TYPE_CHECKING:
@@ -74,7 +75,9 @@ def rollout_server(settings: Settings, checkpoint: Path) -> Iterator[HttpTranspo
     log = checkpoint / "server.log"
     with log.open("w") as output:
         environment = ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        server = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, preexec_fn=die_with_parent
+        )
     try:
         transport = HttpTransport(f"http://127.0.0.1:{port}", timeout=600.0)
         deadline = time.monotonic() + START_SECONDS

@@ -369,6 +369,8 @@ def rebuilt(module: nn.Module) -> Any:
     if hasattr(module, "_already_called_process_weights_after_loading"):
         del module._already_called_process_weights_after_loading
     yield
+    if hasattr(module, "cpu_linear"):  # the packed weight before goes first, so that the new one takes its place
+        del module.cpu_linear
     module.quant_method.process_weights_after_loading(module)
     pack_cpu_experts(module)
     if hasattr(module, "update_param_tp_status"):
