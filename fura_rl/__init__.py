@@ -1,6 +1,7 @@
 """RL post-training with FuRA adapters.
 
-Importing this package registers FuRA with PEFT, so that `peft.get_peft_model` and `PeftModel.from_pretrained` know it.
+Importing this package registers FuRA (and MiLoRA and LoRA with a trained backbone) with PEFT, so that
+`peft.get_peft_model` and `PeftModel.from_pretrained` know them.
 The trainer is imported on first use: it brings TRL and vLLM, which an adapter alone does not need.
 """
 
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fura_rl.adapters.fura_config import FuraConfig
 from fura_rl.adapters.fura_tuner import FuraModel, register_with_peft
+from fura_rl.adapters.methods import lora_full, milora  # noqa: F401  registered with PEFT as they are imported
 
 if TYPE_CHECKING:
     from fura_rl.trainer import FuraGRPOTrainer

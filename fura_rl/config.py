@@ -29,7 +29,9 @@ class MathScriptArguments(ScriptArguments):
 
     adapter: str = field(
         default="fura",
-        metadata={"help": "How the policy is trained: fura, svd, lora, dora or full."},
+        metadata={
+            "help": "How the policy is trained: launch/adapters.py lists the methods; peft:<ConfigClass> any other."
+        },
     )
     adapter_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -41,7 +43,10 @@ class MathScriptArguments(ScriptArguments):
     )
     reward_funcs: list[str] = field(
         default_factory=lambda: ["math_reward"],
-        metadata={"help": "Reward functions by name, or by dotted path to your own in TRL's signature."},
+        metadata={
+            "help": "Reward functions by name, or by dotted path to your own in TRL's signature; one with settings as "
+            "a call: 'overlong_penalty(max_tokens=2048, cache_tokens=512)'."
+        },
     )
     prompt_column: str | None = field(
         default=None, metadata={"help": "Column of the problem text; default: problem, question or prompt."}

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fura_rl.config import QUICKSTART, MathScriptArguments
-from rewards.equality import is_readable
-from rewards.extract import last_boxed
+from rewards import check_golds as grade_golds
+from rewards import gold_answer, last_boxed
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -44,8 +44,10 @@ class GoldCheck:
         return len(self.unreadable) / self.total if self.total else 0.0
 
 
-def load_splits(script: MathScriptArguments, mixture: DatasetMixtureConfig | None = None) -> DatasetDict:
-    """The raw splits of `dataset_name` or of TRL's `datasets` mixture.
+def load_splits(
+    script: MathScriptArguments, mixture: DatasetMixtureConfig | None = None, revision: str | None = None
+) -> DatasetDict:
+    """The raw splits of `dataset_name`, at `revision` of the hub, or of TRL's `datasets` mixture.
 
     Raises:
         ValueError: where none is named, or a local file is missing or of an unknown kind.
@@ -68,12 +70,14 @@ def load_splits(script: MathScriptArguments, mixture: DatasetMixtureConfig | Non
     if path.suffix in LOCAL_FORMATS:
         if not path.is_file():
             raise ValueError(f"dataset_name={name!r} does not exist")
+        if not path.stat().st_size:  # datasets ends with a bare StopIteration
+            raise ValueError(f"dataset_name={name!r} is empty: it has no problems")
         return load_dataset(LOCAL_FORMATS[path.suffix], data_files={script.dataset_train_split: str(path)})
     if path.is_absolute() and not path.exists():
         raise ValueError(f"dataset_name={name!r} does not exist")
     if script.dataset_streaming:
         raise ValueError("dataset_streaming=true is not supported: every gold is checked before training starts")
-    return load_dataset(name, name=script.dataset_config)
+    return load_dataset(name, name=script.dataset_config, revision=revision)
 
 
 def pick_split(splits: DatasetDict, spec: str, source: str) -> Dataset:
@@ -161,9 +165,8 @@ def gold_text(value: Any, worked: bool) -> str:
     text = CALCULATOR_MARK.sub("", str(value)).strip()
     if "####" in text:
         return text.rpartition("####")[2].strip().replace(",", "")
-    boxed = last_boxed(text)
-    if boxed is not None:
-        return boxed.strip()
+    if last_boxed(text) is not None:
+        return gold_answer(text).strip()
     return "" if worked else text
 
 
@@ -188,10 +191,10 @@ def read_template(script: MathScriptArguments) -> str:
 
 
 def check_golds(golds: list[str]) -> GoldCheck:
-    from tqdm.auto import tqdm
-
-    progress = tqdm(golds, desc="Checking golds", disable=len(golds) < 1000, leave=False)
-    return GoldCheck(len(golds), [(row, gold) for row, gold in enumerate(progress) if not is_readable(gold)])
+    """Grade every gold against itself, by meaning: what the reward could not read as a gold is found here."""
+    verdicts = grade_golds(golds)
+    rows = zip(golds, verdicts, strict=True)
+    return GoldCheck(len(golds), [(row, gold) for row, (gold, verdict) in enumerate(rows) if not verdict.correct])
 
 
 def report_golds(check: GoldCheck, source: str, answer_column: str) -> None:

@@ -13,6 +13,7 @@ import itertools
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import requests
@@ -131,6 +132,54 @@ class RolloutClient:
         with ThreadPoolExecutor(len(calls)) as pool:
             outputs = list(pool.map(lambda call: ask(*call), calls))
         return {key: joined([output[key] for output in outputs]) for key in outputs[0]}
+
+
+@dataclass(frozen=True)
+class SampledCompletion:
+    """One completion, under the names of `vllm.CompletionOutput`."""
+
+    token_ids: list[int]
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class SampledPrompt:
+    """All completions of one prompt, under the name of `vllm.RequestOutput`."""
+
+    outputs: list[SampledCompletion]
+
+
+class ServerSampler:
+    """A server in the place of `vllm.LLM` where held-out problems are scored.  Its samples do not follow a seed."""
+
+    def __init__(self, client: RolloutClient) -> None:
+        self.client = client
+
+    def generate(self, requests: list[dict[str, Any]], params: Any, use_tqdm: bool = False) -> list[SampledPrompt]:
+        """Completions of {"prompt_token_ids": ...} from the version that was synced last, in order."""
+        settings = {
+            "n": params.n, "temperature": params.temperature, "top_p": params.top_p, "max_tokens": params.max_tokens,
+            "stop_token_ids": params.stop_token_ids, "return_token_ids": True,
+        }  # fmt: skip
+        prompts = [request["prompt_token_ids"] for request in requests]
+        choices = [
+            choice
+            for client, share in zip(self.client.clients, split(len(prompts), len(self.client.clients)), strict=True)
+            for choice in self._ask(client, prompts[share], settings)
+        ]
+        completions = [SampledCompletion(choice["token_ids"], choice["finish_reason"]) for choice in choices]
+        return [SampledPrompt(completions[i : i + params.n]) for i in range(0, len(completions), params.n)]
+
+    def _ask(self, client: SingleClient, prompts: list[list[int]], settings: dict[str, Any]) -> list[dict[str, Any]]:
+        if not prompts:
+            return []
+        body = {"model": client.model, "prompt": prompts, **settings}
+        return HttpTransport(client.base_url, timeout=self.client.timeout).request(
+            "POST", "/v1/completions", json=body
+        )["choices"]
+
+    def reset_prefix_cache(self) -> None:
+        """Done with every sync."""
 
 
 def joined(parts: list[Any]) -> Any:

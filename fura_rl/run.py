@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import shutil
 import signal
@@ -15,13 +16,15 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback, TrainerControl, TrainerState
-from trl import get_quantization_config
+from trl import ModelConfig, get_quantization_config
 
 from fura_rl import report
-from fura_rl.adapters.registry import find_method, peft_config_for
+from fura_rl.adapters.fura_tuner import PAPER_TARGETS
+from fura_rl.adapters.registry import check_method, find_method, own_settings, peft_config_for, trained_parameters
 from fura_rl.config import QUICKSTART, RunArguments, resolve_model
 from fura_rl.data import load_splits, pick_split, prepare
 from fura_rl.evaluation.sampling import Sampling, evaluate
+from fura_rl.fingerprint import RecordBase, describe_base, record
 from fura_rl.trainer import FuraGRPOTrainer, SaveOnInterrupt
 from rewards import load_reward
 
@@ -37,6 +40,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     held_out: Dataset | None
     interrupt: SaveOnInterrupt
+    base: dict[str, Any] | None  # what an adapter is trained on, as it is recorded beside it
     before: report.Scores | None = None
     train_seconds: float = 0.0
 
@@ -62,7 +66,7 @@ def prepare_run(arguments: RunArguments) -> Run:
             first, the engine last.
     """
     script, training, model_args = arguments.script, arguments.training, arguments.model
-    find_method(script.adapter)
+    load_as_the_method_asks(arguments)
     peft_config = peft_config_for(script.adapter, model_args, script.adapter_target_modules, script.adapter_kwargs)
     reward_funcs = [load_reward(name) for name in script.reward_funcs]
     model_path = stand_in_for(arguments) if script.dry_run else resolve_model(model_args.model_name_or_path)
@@ -75,6 +79,9 @@ def prepare_run(arguments: RunArguments) -> Run:
         "dtype": model_args.dtype,
     } | (training.model_init_kwargs or {})
     interrupt = SaveOnInterrupt()
+    base = (
+        None if peft_config is None else describe_base(model_path, model_args.model_revision, quantization(model_args))
+    )
     trainer = FuraGRPOTrainer(
         model=model_path,
         reward_funcs=reward_funcs,
@@ -83,13 +90,55 @@ def prepare_run(arguments: RunArguments) -> Run:
         processing_class=tokenizer,
         peft_config=peft_config,
         quantization_config=get_quantization_config(model_args),
-        callbacks=[interrupt],
+        callbacks=[interrupt, *([] if base is None else [RecordBase(base)])],
     )
+    train_as_the_method_asks(trainer, arguments)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(RewardProgress)
     if trainer.accelerator.is_main_process:
         report.write_record(Path(training.output_dir), arguments.resolved())
-    return Run(arguments, trainer, tokenizer, held_out, interrupt)
+    return Run(arguments, trainer, tokenizer, held_out, interrupt, base)
+
+
+def quantization(model_args: ModelConfig) -> str | None:
+    """How the base is quantized, in the words of its record."""
+    return model_args.bnb_4bit_quant_type if model_args.load_in_4bit else "int8" if model_args.load_in_8bit else None
+
+
+def load_as_the_method_asks(arguments: RunArguments) -> None:
+    """Quantized loading where the method means it, and a look at what the method cannot do.
+
+    Raises:
+        ValueError: see `check_method`; and where a quantized base is asked for without bitsandbytes.
+    """
+    script, model_args = arguments.script, arguments.model
+    method = find_method(script.adapter)
+    if method.load_in_4bit:
+        model_args.load_in_4bit, model_args.bnb_4bit_quant_type, model_args.use_bnb_nested_quant = True, "nf4", True
+    quantized = model_args.load_in_4bit or model_args.load_in_8bit
+    check_method(script.adapter, quantized=quantized, beta=arguments.training.beta)
+    if quantized and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"adapter={script.adapter!r} loads a quantized base: pip install 'fura-rl[quant]'")
+
+
+def train_as_the_method_asks(trainer: FuraGRPOTrainer, arguments: RunArguments) -> None:
+    """Freezing and optimizer of a method that has no PEFT config to bring them; trained tensors in float32.
+
+    TRL casts what is trained over a quantized base to bfloat16, which swallows small steps and which no other method
+    has to bear.
+    """
+    script = arguments.script
+    method = find_method(script.adapter)
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    if getattr(policy, "is_quantized", False):
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    if method.freeze is not None:
+        method.freeze(policy, script.adapter_target_modules or list(PAPER_TARGETS))
+    if method.optimizer is not None:
+        settings = own_settings(script.adapter, arguments.model, script.adapter_kwargs)
+        trainer.optimizer_cls_and_kwargs = method.optimizer(trainer.args, settings)
 
 
 def load_tokenizer(model_path: str, arguments: RunArguments) -> PreTrainedTokenizerBase:
@@ -146,7 +195,9 @@ def score_held_out(run: Run) -> report.Scores | None:
         return None
     trainer, script, training = run.trainer, run.arguments.script, run.arguments.training
     trainer.sync_weights()
-    llm = trainer.vllm_generation.llm
+    llm = trainer.sampler
+    if llm is None:  # another process samples from the server
+        return None
 
     def sample(n: int, temperature: float) -> Any:
         sampling = Sampling(n=n, temperature=temperature, max_tokens=training.max_completion_length, seed=training.seed)
@@ -173,6 +224,12 @@ def train(run: Run) -> None:
     run.train_seconds = time.perf_counter() - started
 
 
+def last_checkpoint(output_dir: Path) -> str | None:
+    """The newest whole checkpoint of a run folder, or None; one that a kill cut short lacks its state."""
+    found = [path for path in output_dir.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
+
+
 def finish(run: Run) -> int:
     """Save the policy, score it, print the table, draw the curve.  Returns the exit code."""
     trainer, training = run.trainer, run.arguments.training
@@ -188,6 +245,8 @@ def finish(run: Run) -> int:
     trainer.save_model(str(output_dir))
     if not trainer.accelerator.is_main_process:
         return 0
+    if run.base is not None:
+        record(output_dir, run.base)
     if run.arguments.script.dry_run:
         return finish_dry_run(run)
     summary = summarize(run, after)
@@ -216,13 +275,13 @@ def finish_dry_run(run: Run) -> int:
 
 
 def summarize(run: Run, after: report.Scores | None) -> report.RunSummary:
-    trainer = run.trainer
+    trainer, script = run.trainer, run.arguments.script
     policy = trainer.accelerator.unwrap_model(trainer.model)
     phases = {name: trainer.phase_seconds[name] for name in ("rollout", "reward", "sync")}
     phases["train"] = max(0.0, run.train_seconds - sum(phases.values()))
     return report.RunSummary(
-        adapter=run.arguments.script.adapter,
-        trained_parameters=sum(p.numel() for p in policy.parameters() if p.requires_grad),
+        adapter=script.adapter,
+        trained_parameters=trained_parameters(policy, script.adapter, run.arguments.model, script.adapter_kwargs),
         total_parameters=sum(p.numel() for p in policy.parameters()),
         steps=trainer.state.global_step,
         total_seconds=run.train_seconds,
@@ -233,7 +292,12 @@ def summarize(run: Run, after: report.Scores | None) -> report.RunSummary:
     )
 
 
-def die_with_parent() -> None:
-    """Under `accelerate launch`, end (with a checkpoint) when the launcher ends: no orphan keeps the machine busy."""
-    if sys.platform == "linux" and any(name.startswith("ACCELERATE_") for name in os.environ):
+def die_with_parent(launched: bool | None = None) -> None:
+    """Where another process launched this one, end (with a checkpoint) when it ends: no orphan keeps the machine busy.
+
+    By default that is so under `accelerate launch`.
+    """
+    if launched is None:
+        launched = any(name.startswith("ACCELERATE_") for name in os.environ)
+    if sys.platform == "linux" and launched:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

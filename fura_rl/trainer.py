@@ -25,7 +25,7 @@ from trl import GRPOConfig, GRPOTrainer
 from fura_rl.adapters.fura_config import FuraConfig
 from fura_rl.adapters.fura_tuner import restore_core_dtype
 from fura_rl.data import encode_prompts
-from fura_rl.rollout_client import TRANSPORTS, RolloutClient, client_factory
+from fura_rl.rollout_client import TRANSPORTS, RolloutClient, ServerSampler, client_factory
 from fura_rl.sync import probe
 from fura_rl.sync.engine import RolloutEngine
 from fura_rl.sync.remote_engine import Follower
@@ -121,6 +121,14 @@ class FuraGRPOTrainer(GRPOTrainer):
         dtype = [str(self._client.engine.dtype).removeprefix("torch.") if self._client else None]
         broadcast_object_list(dtype, from_process=0)
         return self._client.engine if self._client else Follower(getattr(torch, dtype[0]))
+
+    @property
+    def sampler(self) -> Any:
+        """What held-out problems are sampled from: the live `vllm.LLM`, a stand-in for it before a server, or None in
+        a process that has neither."""
+        if self.vllm_generation.mode == "colocate":
+            return self.vllm_generation.llm
+        return ServerSampler(self._client) if self._client else None
 
     def sync_weights(self) -> None:
         """Bring the engine to the policy's weights and prove it.  TRL calls this before a generation of a new step."""

@@ -2,15 +2,18 @@
 
     python launch/benchmark.py layer                     one adapted layer: forward, backward, memory
     python launch/benchmark.py convert                   decomposing a layer
+    python launch/benchmark.py model                     converting a whole model, and its peak memory
     python launch/benchmark.py fold                      folding a layer for a sync
     python launch/benchmark.py quantize                  error and bits of NF4, plain and with FuRA
-    python launch/benchmark.py sync                      a sync into a live vLLM engine
+    python launch/benchmark.py sync                      a sync into a live vLLM engine, here and behind a server
+    python launch/benchmark.py survival                  what 16-bit engines leave of the update: trains, takes long
     python launch/benchmark.py step                      a whole GRPO step on a random model
+    python launch/benchmark.py rewards                   grading answers: throughput, hostile answers, beside peers
     python launch/benchmark.py all --device cuda --out outputs/benchmark    everything, in under eight minutes
 
 Every result is checked against a float32 reference before it is timed.  Writes benchmark.json, benchmark.md (the
-README's tables) and layer.png to --out.  Needs torch, transformers and peft; sync needs vllm, quantize bitsandbytes,
-and what is missing is skipped with a line.
+README's tables) and layer.png to --out.  Needs torch, transformers, peft and accelerate; sync needs vllm, quantize
+bitsandbytes, the plot matplotlib.  What is missing, and what no longer fits the time, is skipped with a line.
 """
 
 from __future__ import annotations
@@ -24,16 +27,22 @@ from pathlib import Path
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ["layer", "convert", "fold", "quantize", "sync", "step"]
+    names = ["layer", "convert", "model", "fold", "quantize", "step", "sync", "rewards", "survival"]
     parser.add_argument("benchmark", choices=[*names, "all"], help="which one, or all")
     parser.add_argument("--device", help="cpu or cuda [cuda where there is one]")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="[bfloat16 on cuda, else float32]")
-    parser.add_argument("--sizes", nargs="+", help="model sizes: tiny, qwen3-0.6b, qwen3-1.7b, 7b")
+    parser.add_argument("--sizes", nargs="+", help="model sizes: tiny, 3m, qwen3-0.6b, qwen3-1.7b, 7b")
     parser.add_argument(
         "--tokens", type=int, nargs="+", help="tokens of the layer benchmark [64 1024 4096 (16384 on cuda)]"
     )
     parser.add_argument("--repeats", type=int, default=20, help="interleaved runs behind a median [20]")
     parser.add_argument("--seconds", type=float, help="stop repeating a measurement after this long [cuda 1.5, cpu 10]")
+    parser.add_argument(
+        "--cpu_time", action="store_true", help="CPU seconds of one thread, for a CPU that others use at the same time"
+    )
+    parser.add_argument("--minutes", type=float, help="begin no measurement after this long [all: 7.5, else no limit]")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds of the survival study [5]")
+    parser.add_argument("--steps", type=int, default=50, help="steps of each run of the survival study [50]")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark"), help="where the results go")
     return parser.parse_args(argv)
 
@@ -42,7 +51,8 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     import torch
 
-    from fura_rl.benchmark import BENCHMARKS, report
+    from fura_rl.benchmark import BENCHMARKS, SHARES, report
+    from fura_rl.benchmark.budget import Budget
     from fura_rl.benchmark.measure import Settings, machine
     from fura_rl.benchmark.models import SIZES, layer_shapes
     from fura_rl.benchmark.sync import SkippedError
@@ -56,6 +66,13 @@ def main(argv: list[str]) -> int:
     if on_gpu and not torch.cuda.is_available():
         print("error: --device cuda, but this torch sees no GPU; use --device cpu", file=sys.stderr)
         return 2
+    if args.cpu_time and on_gpu:
+        print("error: --cpu_time is for --device cpu; a GPU's time is on the wall", file=sys.stderr)
+        return 2
+    if args.cpu_time:
+        torch.set_num_threads(1)
+    everything = args.benchmark == "all"
+    budget = Budget(60 * (args.minutes or (7.5 if everything else float("inf"))))
     settings = Settings(
         device=device,
         dtype=getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32")),
@@ -63,20 +80,32 @@ def main(argv: list[str]) -> int:
         tokens=tuple(args.tokens or ([64, 1024, 4096, 16384] if on_gpu else [64, 1024, 4096])),
         repeats=args.repeats,
         seconds=args.seconds or (1.5 if on_gpu else 10.0),
+        sizes=tuple(sizes),
         model=sizes[0] if on_gpu or args.sizes else "tiny",
+        clock=time.process_time if args.cpu_time else time.perf_counter,
+        budget=budget,
+        seeds=args.seeds,
+        steps=args.steps,
+        out=args.out,
     )
     measured = machine(settings)
     print(report.machine_line(measured), flush=True)
     results = {}
-    for name in BENCHMARKS if args.benchmark == "all" else [args.benchmark]:
+    for name in SHARES if everything else [args.benchmark]:
         started = time.perf_counter()
+        budget.open(SHARES[name] if everything else 1.0)
         try:
-            results[name] = BENCHMARKS[name](settings)
-        except (SkippedError, ImportError) as error:
+            rows = BENCHMARKS[name](settings)
+        except (SkippedError, ImportError, torch.cuda.OutOfMemoryError) as error:
             print(f"\n{name}: skipped, {error}", flush=True)
+            budget.skipped.append(f"{name}: {error}")
             continue
-        print(f"\n{name} ({time.perf_counter() - started:.0f} s)\n{report.markdown(results[name])}", flush=True)
-    print("\nwritten  " + "  ".join(str(path) for path in report.write(args.out, results, measured)))
+        if rows:
+            results[name] = rows
+            print(f"\n{name} ({time.perf_counter() - started:.0f} s)\n{report.markdown(rows)}", flush=True)
+            report.write(args.out, results, measured | {"skipped": budget.skipped})  # an interrupted run keeps these
+    written = report.write(args.out, results, measured | {"skipped": budget.skipped})
+    print("\nwritten  " + "  ".join(str(path) for path in written))
     return 0
 
 

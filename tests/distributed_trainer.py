@@ -3,7 +3,7 @@
     distributed_trainer.py CASE,CASE... MODEL SERVER_URL FOLDER
 
 Trains each case for a few steps, syncs to the server after each step, and writes what there is to compare, as
-FOLDER/CASE-PROCESS.pt: probe gaps, payloads as sent, trained tensors, which base parameters were gathered.
+FOLDER/CASE-PROCESS.pt: probe gaps, the payload as it was sent, trained tensors, which base parameters were gathered.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """The block algebra against closed forms and float64."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
-from fura_rl.adapters import blocks
+from fura_rl.adapters import blocks, frames
 
 
 @pytest.mark.parametrize(
@@ -18,11 +20,13 @@ def test_default_block_size_is_the_factor_pair_nearest_a_square_that_fits_the_ro
     assert blocks.default_block_size(in_features, out_features) == nearest == expected
 
 
-@pytest.mark.parametrize(("out_features", "block_size"), [(24, 8), (6, 12), (12, 12)])
-def test_frame_agrees_with_a_float64_svd(out_features, block_size, monkeypatch):
-    monkeypatch.setattr(blocks, "WORKSPACE_BYTES", {"cpu": 1})  # one block at a time: the batches must join in order
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("out_features", "block_size"), [(24, 8), (23, 4), (24, 24), (6, 12), (12, 12)])
+def test_frame_agrees_with_a_float64_svd(out_features, block_size, transposed, monkeypatch):
+    monkeypatch.setattr(frames, "WORKSPACE_BYTES", {"cpu": 1})  # one block at a time: the batches must join in order
+    monkeypatch.setattr(frames, "PANEL_BYTES", 1)  # panels of block_size rows, the last one shorter
     weight = torch.randn(out_features, 24, dtype=torch.float64)
-    frame = blocks.svd_frame(weight, block_size)
+    frame = frames.svd_frame(weight.mT.contiguous().mT if transposed else weight, block_size)
     for i, block in enumerate(weight.split(block_size, dim=1)):
         _, singular_values, right = torch.linalg.svd(block, full_matrices=False)
         assert torch.allclose(frame.singular_values[i], singular_values, rtol=1e-6)
@@ -30,9 +34,47 @@ def test_frame_agrees_with_a_float64_svd(out_features, block_size, monkeypatch):
         assert torch.allclose(overlap, torch.eye(len(right), dtype=torch.float64), atol=1e-6)
 
 
+def ill_conditioned(condition, out_features=512, in_features=256, size=32):
+    """Blocks with geometric spectra from 1 to 1 / condition, rounded to float32."""
+    pieces = []
+    for _ in range(in_features // size):
+        left, _ = torch.linalg.qr(torch.randn(out_features, size, dtype=torch.float64))
+        right, _ = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))
+        pieces.append(left * condition ** -torch.linspace(0, 1, size, dtype=torch.float64) @ right)
+    return torch.cat(pieces, dim=1).float()
+
+
+def test_frame_of_ill_conditioned_blocks_is_as_good_as_a_float64_svd():
+    """Condition number 400, float32 weights: values to 1e-6 of the largest, every direction to float32 rounding."""
+    weight = ill_conditioned(400)
+    frame = frames.svd_frame(weight, 32)
+    for i, block in enumerate(weight.double().split(32, dim=1)):
+        _, singular_values, right = torch.linalg.svd(block, full_matrices=False)
+        assert (frame.singular_values[i] - singular_values).abs().max() < 1e-6 * singular_values[0]
+        assert ((right @ frame.right[i].double()).abs() - torch.eye(32)).abs().max() < 1e-6
+        assert (frame.right[i].T @ frame.right[i] - torch.eye(32)).abs().max() < 1e-6
+
+
+def test_conversion_does_not_depend_on_the_number_of_threads_and_leaves_it_alone(monkeypatch):
+    monkeypatch.setattr(frames, "THREADED_WORK", 0)
+    weight, before = ill_conditioned(50), torch.get_num_threads()
+    found = {}
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found[threads] = frames.svd_frame(weight, 32)
+            assert torch.get_num_threads() == threads
+            with ThreadPoolExecutor(1) as pool:
+                assert pool.submit(torch.get_num_threads).result() == threads, "a new thread starts as before"
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[1].right, found[2].right)
+    assert torch.equal(found[1].singular_values, found[2].singular_values)
+
+
 def test_signs_are_fixed_so_that_two_conversions_agree():
-    frame = blocks.svd_frame(torch.randn(16, 12), 4)
-    assert torch.equal(blocks.fix_signs(-frame.right), frame.right)
+    frame = frames.svd_frame(torch.randn(16, 12), 4)
+    assert torch.equal(frames.fix_signs(-frame.right), frame.right)
 
 
 def update_of(frame, delta_r, delta_s):
@@ -43,7 +85,7 @@ def update_of(frame, delta_r, delta_s):
 def test_rank_deficient_directions_are_counted_and_stay_still():
     weight = torch.randn(16, 8, dtype=torch.float64)
     weight[:, 3] = weight[:, 2]  # one direction of block 0 has no column
-    frame = blocks.svd_frame(weight, 4)
+    frame = frames.svd_frame(weight, 4)
     assert frame.dropped == 1
     update = update_of(frame, torch.randn(2, 4, 4).double(), torch.randn(2, 4).double())
     assert torch.isfinite(update).all()
@@ -52,7 +94,7 @@ def test_rank_deficient_directions_are_counted_and_stay_still():
 
 
 def test_update_is_exactly_zero_at_the_start():
-    frame = blocks.svd_frame(torch.randn(16, 12), 4)
+    frame = frames.svd_frame(torch.randn(16, 12), 4)
     assert torch.equal(update_of(frame, torch.zeros(3, 4, 4), torch.zeros(3, 4)), torch.zeros(3, 4, 4))
 
 
@@ -60,7 +102,7 @@ def test_update_is_exactly_zero_at_the_start():
 def test_base_form_is_the_papers_formula(block_size):
     """W_i (I + D_i) = U_i diag(S_i) R_i, the right side written from an SVD."""
     weight = torch.randn(16, 12, dtype=torch.float64)
-    frame = blocks.svd_frame(weight, block_size)
+    frame = frames.svd_frame(weight, block_size)
     n = 12 // block_size
     delta_r = 0.1 * torch.randn(n, block_size, block_size, dtype=torch.float64)
     delta_s = 0.1 * torch.randn(n, block_size, dtype=torch.float64)
@@ -88,7 +130,7 @@ def test_add_update_has_the_gradients_of_the_plain_formula(onto):
 
 def test_the_random_basis_is_orthonormal_and_fits_by_least_squares():
     weight = torch.randn(16, 8, dtype=torch.float64)
-    large, small = blocks.random_cores(weight, 4, seed=3)
+    large, small = frames.random_cores(weight, 4, seed=3)
     for i in range(2):
         left = large[:, 4 * i : 4 * i + 4]
         assert torch.allclose(left.T @ left, torch.eye(4).double(), atol=1e-12)

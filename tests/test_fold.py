@@ -5,13 +5,49 @@ import copy
 import pytest
 import torch
 from conftest import TOLERANCE, perturb_trained, relative_error
-from peft import OFTConfig, get_peft_model
+from peft import (
+    HiraConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    OFTConfig,
+    RandLoraConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
+from fura_rl.adapters.fura_config import FuraConfig
 from fura_rl.adapters.registry import METHODS, peft_config_for
-from fura_rl.sync.fold import checkpoint_weights, folded_weight
+from fura_rl.sync.factors import RULES, Factors, fold_slice
+from fura_rl.sync.fold import checkpoint_weights, fold, folded_weight
+from fura_rl.sync.fold_rules import SMALL_FORMS, small_factors
+
+# Methods by their PEFT config, and the rule that folds them; "dense" where nothing smaller than the weight will do.
+TARGETS = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "o_proj", "down_proj"]}
+FOLDS = {
+    "fura": (FuraConfig(**TARGETS), "block_columns"),
+    "fura rows": (FuraConfig(**TARGETS, block_axis="out"), "block_rows"),
+    "fura qr": (FuraConfig(**TARGETS, basis="qr", singular_values="merge_trained"), "block_columns"),
+    "fura core": (FuraConfig(**TARGETS, form="core"), "dense"),
+    "svd": (FuraConfig(**TARGETS, block_size="full"), "block_columns"),
+    "lora": (LoraConfig(**TARGETS, r=4), "low_rank"),
+    "rslora": (LoraConfig(**TARGETS, r=4, use_rslora=True), "low_rank"),
+    "dora": (LoraConfig(**TARGETS, r=4, use_dora=True), "scaled_low_rank"),
+    "pissa": (LoraConfig(**TARGETS, r=4, init_lora_weights="pissa"), "low_rank"),
+    "olora": (LoraConfig(**TARGETS, r=4, init_lora_weights="olora"), "low_rank"),
+    "oft": (OFTConfig(**TARGETS, r=0, oft_block_size=16), "block_columns"),
+    "oft shared": (OFTConfig(**TARGETS, r=0, oft_block_size=16, block_share=True), "block_columns"),
+    "hira": (HiraConfig(**TARGETS, r=4), "hadamard"),
+    "randlora": (RandLoraConfig(**TARGETS, r=4), "dense"),
+    "loha": (LoHaConfig(**TARGETS, r=4), "dense"),
+    "lokr": (LoKrConfig(**TARGETS, r=4), "dense"),
+    "miss": (MissConfig(**TARGETS, r=4), "dense"),
+    "vera": (VeraConfig(**TARGETS, r=4), "dense"),
+}
 
 ADAPTERS = [name for name, method in METHODS.items() if method.config_class is not None]
 
@@ -49,8 +85,8 @@ def test_base_weights_keep_every_bit_and_their_storage_over_many_folds(bfloat16_
     layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)][:3]
     weights = [layer.get_base_layer().weight for layer in layers]
     before = [(weight.data_ptr(), weight.detach().clone()) for weight in weights]
-    for fold in range(50):
-        perturb_trained(policy, 0.1, seed=fold)
+    for step in range(50):
+        perturb_trained(policy, 0.1, seed=step)
         for layer in layers:
             folded_weight(layer)
     for weight, (pointer, bits) in zip(weights, before, strict=True):
@@ -93,3 +129,70 @@ def test_trained_weights_beside_adapters_are_sent_too(tied_checkpoint):
     assert trained == {
         f"model.layers.{i}.{name}.weight" for i in range(layers) for name in ("self_attn.q_proj", "mlp.gate_proj")
     }
+
+
+def adapted_layers(checkpoint, name, dtype=torch.float32):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype), copy.deepcopy(FOLDS[name][0]))
+    perturb_trained(model, 0.3, seed=1)
+    return [module for module in model.eval().modules() if isinstance(module, BaseTunerLayer)][:3]
+
+
+@pytest.mark.parametrize("name", FOLDS)
+def test_fold_equals_the_methods_own_forward_and_leaves_the_base_alone(untied_checkpoint, name):
+    for layer in adapted_layers(untied_checkpoint, name):
+        own = layer.pristine_weight() if name == "fura core" else layer.get_base_layer().weight
+        before = own.detach().clone()
+        folded = fold(before, layer)
+        x = torch.randn(5, before.shape[1])
+        expected = layer(x)
+        assert relative_error(x @ folded.T, expected) < TOLERANCE[torch.float32]
+        assert relative_error(x @ before.T, expected) > 1e-4, "the adapter must change the layer"
+        assert torch.equal(before, own)
+
+
+@pytest.mark.parametrize("name", FOLDS)
+def test_every_method_folds_by_the_rule_of_the_table(untied_checkpoint, name):
+    layer = adapted_layers(untied_checkpoint, name)[0]
+    factors = small_factors(layer)
+    assert (factors.rule if factors else "dense") == FOLDS[name][1]
+    if factors:
+        folded, weight = torch.empty(layer.get_base_layer().weight.shape), layer.get_base_layer().weight.detach()
+        whole = (0, weight.shape[0]), (0, weight.shape[1])
+        fold_slice(lambda rows, columns: weight[slice(*rows), slice(*columns)], factors, *whole, folded)
+        assert relative_error(folded, folded_weight(layer)) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("name", [name for name, (_, rule) in FOLDS.items() if rule != "dense"])
+def test_a_slice_of_the_fold_is_the_fold_of_the_slice_wherever_it_is_cut(untied_checkpoint, name):
+    """As tensor-parallel shards cut it, blocks straddling the edges."""
+    layer = adapted_layers(untied_checkpoint, name)[-1]  # down_proj: 64 x 96
+    weight, factors = layer.get_base_layer().weight.detach(), small_factors(layer)
+    whole = folded_weight(layer)
+    for rows, columns in (((0, 64), (0, 48)), ((0, 64), (48, 96)), ((10, 27), (0, 96)), ((33, 64), (5, 71))):
+        out = torch.empty(rows[1] - rows[0], columns[1] - columns[0])
+        fold_slice(lambda r, c: weight[slice(*r), slice(*c)], factors, rows, columns, out)
+        assert relative_error(out, whole[slice(*rows), slice(*columns)]) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("name", [name for name, (_, rule) in FOLDS.items() if rule != "dense"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_16_bit_fold_is_the_exact_one_rounded_once(untied_checkpoint, name, dtype):
+    layer = adapted_layers(untied_checkpoint, name, dtype)[0]
+    weight, factors = layer.get_base_layer().weight.detach(), small_factors(layer)
+    out = torch.empty_like(weight)
+    whole = (0, weight.shape[0]), (0, weight.shape[1])
+    fold_slice(lambda r, c: weight[slice(*r), slice(*c)], factors, *whole, out)
+    exact = fold(weight.double(), layer)
+    assert relative_error(out, exact) < 1.5 * relative_error(exact.to(dtype), exact)
+
+
+def test_the_table_of_small_forms_is_covered_by_the_contract():
+    layers = {type(form).__name__ for form, _ in FOLDS.values()}
+    assert len(SMALL_FORMS) <= len(layers)
+    assert {rule for _, rule in FOLDS.values()} == set(RULES)
+
+
+def test_a_vector_is_sent_whole():
+    out = torch.empty(4)
+    fold_slice(None, Factors("dense", {"weight": torch.arange(8.0)}), (2, 6), (0, 1), out)
+    assert out.tolist() == [2, 3, 4, 5]

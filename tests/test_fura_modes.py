@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from fura_rl import FuraConfig
-from fura_rl.adapters.fura_tuner import fura_layers
+from fura_rl.adapters.fura_tuner import PAPER_TARGETS, fura_layers
 
 FORMS = [{"form": form, "block_axis": axis} for form in ("base", "core") for axis in ("in", "out")]
 
@@ -125,7 +125,7 @@ def test_low_cpu_mem_usage_loads_without_converting_again(tmp_path, monkeypatch)
     def refuse(*args):
         raise AssertionError("the saved basis makes a conversion needless")
 
-    monkeypatch.setattr("fura_rl.adapters.blocks.svd_frame", refuse)
+    monkeypatch.setattr("fura_rl.adapters.frames.svd_frame", refuse)
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, low_cpu_mem_usage=True)
     x = torch.randn(3, 24)
     assert torch.equal(loaded(x), model(x))
@@ -281,3 +281,24 @@ def test_core_dtype_is_kept():
         model = adapted(mlp(torch.bfloat16), core_dtype=core_dtype)
         dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
         assert dtypes == {core_dtype}
+
+
+def test_fused_experts_stay_frozen_with_a_warning_and_the_rest_is_adapted():
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2, vocab_size=64,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match=r"4 fused expert parameters, e.g. .*experts.*leaves them frozen"):
+        model = get_peft_model(Qwen3MoeForCausalLM(config), FuraConfig(target_modules=PAPER_TARGETS))
+    assert {layer.layer_name.rpartition(".")[2] for layer in fura_layers(model)} == {
+        "q_proj", "k_proj", "v_proj", "o_proj"
+    }  # fmt: skip
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "experts" in name)
+
+
+def test_a_long_conversion_shows_its_progress(monkeypatch, capsys):
+    monkeypatch.setattr("fura_rl.adapters.fura_tuner.QUIET_SECONDS", 0.0)
+    adapted(mlp())
+    assert "Converting to FuRA: 100%" in capsys.readouterr().err

@@ -124,6 +124,43 @@ def test_five_steps_equal_the_float64_oracles(settings, optimizer_class):
     assert relative_error(model.merge_and_unload()[0].weight, oracle.weight()) < tolerance
 
 
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("size", [SIZE, "full"])
+@pytest.mark.parametrize("axis", ["in", "out"])
+def test_five_steps_of_the_random_basis_equal_the_float64_oracles(axis, size, optimizer_class):
+    """The oracle takes the layer's random L as given, fits C by least squares in float64 and trains it."""
+    settings = {"basis": "random", "form": "core", "singular_values": "merge_trained"}
+    base, model, layer = make(settings | {"block_axis": axis, "block_size": size})
+    stored = layer.base_layer.dense().double()
+    core = layer.fura_core["default"]
+    n, r, b = core.core().shape
+    larges = (stored if axis == "in" else stored.T).split(r, dim=1)
+    weight = base[0].weight.detach().double()
+    pieces = (weight if axis == "in" else weight.T).split(b, dim=1)
+    smalls = [torch.linalg.lstsq(*pair).solution.requires_grad_() for pair in zip(larges, pieces, strict=True)]
+
+    def oracle_weight():
+        product = torch.cat([large @ small for large, small in zip(larges, smalls, strict=True)], dim=1)
+        return product if axis == "in" else product.T
+
+    assert n * b == (IN if axis == "in" else OUT)
+    assert relative_error(layer.folded_weight(["default"]), oracle_weight()) < TOLERANCE[torch.float32]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    x, target = torch.randn(32, IN), torch.randn(32, OUT)
+    options = {"lr": 1e-2} | ({"weight_decay": 0.0} if optimizer_class is torch.optim.AdamW else {})
+    optimizers = [optimizer_class(trained, **options), optimizer_class(smalls, **options)]
+    for _ in range(5):
+        output = x.double() @ oracle_weight().T + base[0].bias.double()
+        losses = [((model(x) - target) ** 2).mean(), ((output - target.double()) ** 2).mean()]
+        for loss, optimizer in zip(losses, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    tolerance = TOLERANCE[torch.float32] * (10 if optimizer_class is torch.optim.AdamW else 1)
+    assert relative_error(layer.folded_weight(["default"]), oracle_weight()) < tolerance
+    assert relative_error(model.merge_and_unload()[0].weight, oracle_weight()) < tolerance
+
+
 @pytest.mark.parametrize("settings", CASES, ids=name_of)
 def test_merge_unmerge_disable_and_unload(settings):
     base, model, _ = make(settings | {"init_weights": False})

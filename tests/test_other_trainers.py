@@ -111,7 +111,7 @@ def test_every_benchmark_runs_on_tiny_shapes(tmp_path):
     command = [sys.executable, str(REPOSITORY / "launch" / "benchmark.py"), "all", "--device", "cpu"]
     run([*command, "--sizes", "tiny", "--tokens", "64", "--repeats", "3", "--out", str(tmp_path)])
     results = json.loads((tmp_path / "benchmark.json").read_text())["results"]
-    assert set(results) == {"layer", "convert", "fold", "quantize", "sync", "step"}
+    assert set(results) == {"layer", "convert", "model", "fold", "quantize", "sync", "step"}
     assert (tmp_path / "layer.png").stat().st_size > 10_000
     saved = {row["layer"]: row["saved_mb"] for row in results["layer"] if row["shape"] == "64->128"}
     assert saved["frozen"] == 0 < saved["fura"] < saved["paper"]

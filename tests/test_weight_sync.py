@@ -74,9 +74,8 @@ def test_engine_and_trainer_agree_after_many_syncs(engines, checkpoint, adapter)
         assert report.update_cosine == pytest.approx(1.0)
         assert report.audit_gain_min == pytest.approx(1.0, abs=0.01)
         assert report.version == step + 2
-    assert probe.max_gap(start, probe.trainer_logprobs(policy, sync.probe_token_ids)) > 100 * PARITY_NATS, (
-        "it must move"
-    )
+    moved = probe.max_gap(start, probe.trainer_logprobs(policy, sync.probe_token_ids))
+    assert moved > 20 * PARITY_NATS, "it must move; HiRA's products move least"
 
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -128,8 +127,12 @@ def test_a_fused_module_arrives_whole_when_only_one_member_is_adapted(engines):
     assert report.payload_bytes == expected, "nothing but the adapted modules and their fused siblings is sent"
 
 
-def test_a_bfloat16_base_is_bit_identical_after_a_thousand_syncs(engines):
-    policy, sync = make_sync(*engines("bfloat16"), "fura", dtype=torch.bfloat16)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name not in ("fura", "full", "lift")]
+
+
+@pytest.mark.parametrize("adapter", ["fura", *SLOW])
+def test_a_bfloat16_base_is_bit_identical_after_a_thousand_syncs(engines, adapter):
+    policy, sync = make_sync(*engines("bfloat16"), adapter, dtype=torch.bfloat16)
     before = {name: p.detach().clone() for name, p in policy.named_parameters() if not p.requires_grad}
     sync.probe_every = 100
     for step in range(1000):

@@ -1,7 +1,8 @@
-"""Block algebra of FuRA on plain tensors: block shapes, frozen frames, the trained small core and the fold.
+"""Block algebra of FuRA on plain tensors: block shapes, the trained small core, the product with x and the fold.
 
-Knows nothing of PEFT, layers or training.  Source: FuRA, arXiv 2605.22869.  Everything is stated for column blocks;
-row blocks are the column blocks of the transposed weight, so a caller hands in that instead.
+Knows nothing of PEFT, layers or training; the frozen frames come from frames.py.  Source: FuRA, arXiv 2605.22869.
+Everything is stated for column blocks; row blocks are the column blocks of the transposed weight, so a caller hands in
+that instead.
 
 Notation, used in every shape comment below:
     W   (out, in)     pretrained weight, cut into n column blocks W_i of shape (out, b), n * b = in
@@ -15,38 +16,13 @@ Notation, used in every shape comment below:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-# A singular value below this fraction of its block's largest is numerically zero: W_i has no column to move along in
-# that direction, and dividing by it would amplify rounding noise.  1e-6 is ten float32 roundings.
-RANK_TOLERANCE = 1e-6
 SMALL_CPU_BATCH = 768  # tokens below which a copy costs less than one kernel launch per block (measured, 2 cores)
-# Float64 copies made at once while a layer is converted.  On a CPU as much as stays in cache and is reused by the
-# allocator: the fresh pages of a larger copy cost more than the product made of them.
-WORKSPACE_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
-
-
-@dataclass(frozen=True)
-class Frame:
-    """The frozen frame of one layer's blocks, in float32 or wider.
-
-    `right` is V0 (n, b, r) of an SVD, each column's largest entry positive.  A frame without singular values keeps
-    what its form needs of the starting core C0: C0^T in core form, its pseudo-inverse in base form.
-    `dropped` counts the directions without a pretrained column; their `singular_values` entry is exactly 0.
-    """
-
-    right: torch.Tensor  # (n, b, r)
-    singular_values: torch.Tensor | None  # S0, (n, r), descending within a block
-    dropped: int = 0
-
-    def to(self, device: torch.device) -> Frame:
-        values = self.singular_values
-        return Frame(self.right.to(device), None if values is None else values.to(device), self.dropped)
+TOKENS_IN_CACHE = 256  # tokens whose activations a CPU keeps in cache between two products
 
 
 def divisors(number: int) -> list[int]:
@@ -64,80 +40,6 @@ def default_block_size(in_features: int, out_features: int) -> int:
     candidates = divisors(in_features)
     square = next(b for b in candidates if b * b >= in_features)
     return square if square <= out_features else max(b for b in candidates if b <= out_features)
-
-
-def fix_signs(right: torch.Tensor) -> torch.Tensor:
-    """Flip each column of (n, b, r) so that its entry of largest magnitude is positive: an SVD leaves signs free."""
-    index = right.abs().argmax(dim=1, keepdim=True)
-    return right * right.gather(1, index).sign()
-
-
-def _block_batches(weight: torch.Tensor, block_size: int) -> Iterator[torch.Tensor]:
-    """The blocks of `weight` in float64, (some, out, b), a bounded number of bytes at a time."""
-    out_features, in_features = weight.shape
-    blocks = weight.detach().reshape(out_features, in_features // block_size, block_size).transpose(0, 1)
-    workspace = WORKSPACE_BYTES["cpu" if weight.device.type == "cpu" else "cuda"]
-    for batch in blocks.split(max(1, workspace // (8 * out_features * block_size))):
-        yield batch.double()
-
-
-@torch.no_grad()
-def svd_frame(weight: torch.Tensor, block_size: int) -> Frame:
-    """The spectral frame (V0, S0) of every column block of `weight` (out, in).
-
-    A tall block needs only the eigendecomposition of its b x b Gram matrix in float64 (U is never formed); a wide one
-    the thin SVD.  Works in float64 and returns float32, or float64 for a float64 weight.
-    """
-    batches = _block_batches(weight, block_size)
-    if block_size <= weight.shape[0]:
-        eigenvalues, eigenvectors = torch.linalg.eigh(torch.cat([blocks.mT @ blocks for blocks in batches]))
-        singular_values, right = eigenvalues.flip(-1).clamp_min(0).sqrt(), eigenvectors.flip(-1)
-    else:
-        parts = [torch.linalg.svd(blocks, full_matrices=False)[1:] for blocks in batches]
-        singular_values, right = torch.cat([s for s, _ in parts]), torch.cat([v for _, v in parts]).mT
-    zero = singular_values <= RANK_TOLERANCE * singular_values[:, :1]
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return Frame(
-        right=fix_signs(right).to(dtype),
-        singular_values=singular_values.masked_fill(zero, 0).to(dtype),
-        dropped=int(zero.sum()),
-    )
-
-
-@torch.no_grad()
-def qr_cores(weight: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Thin QR of every block, L = [Q_1 ... Q_n] (out, n * r) and C0 (n, r, b) with a non-negative diagonal."""
-    large, small = [], []
-    for blocks in _block_batches(weight, block_size):
-        q, r = torch.linalg.qr(blocks)
-        signs = torch.diagonal(r, dim1=-2, dim2=-1).sign()
-        signs = torch.where(signs == 0, 1.0, signs)
-        large.append(q * signs.unsqueeze(-2))
-        small.append(signs.unsqueeze(-1) * r)
-    return _in_working_dtype(weight, large, small)
-
-
-@torch.no_grad()
-def random_cores(weight: torch.Tensor, block_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random orthonormal L_i (out, r) with C0_i = L_i^T W_i fitted by least squares: the paper's control.
-
-    L_i C0_i is the projection of W_i on r random directions, so it is W_i only where r = out.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    large, small = [], []
-    for blocks in _block_batches(weight, block_size):
-        shape = (*blocks.shape[:-1], min(blocks.shape[-2:]))
-        q, _ = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64))
-        large.append(q.to(blocks.device))
-        small.append(large[-1].mT @ blocks)
-    return _in_working_dtype(weight, large, small)
-
-
-def _in_working_dtype(
-    weight: torch.Tensor, large: list[torch.Tensor], small: list[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return torch.cat(large).transpose(0, 1).reshape(weight.shape[0], -1).to(dtype), torch.cat(small).to(dtype)
 
 
 def pseudo_inverse(values: torch.Tensor) -> torch.Tensor:
@@ -173,9 +75,7 @@ def core_change(
     if kept and delta_r is not None:
         scale = singular_values if delta_s is None else singular_values + delta_s
         change = scale.unsqueeze(-1) * delta_r
-    if delta_s is not None:
-        change = change + delta_s.unsqueeze(-1) * right.mT
-    return change
+    return change if delta_s is None else torch.addcmul(change, delta_s.unsqueeze(-1), right.mT)
 
 
 def block_update(change: torch.Tensor, right: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
@@ -205,7 +105,7 @@ class _AddUpdate(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, update: torch.Tensor, onto: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(x, update)
         ctx.onto_is_x = onto is None
-        return _move(x, update.mT) if onto is None else _product(x, update.mT, onto)
+        return move(x, update.mT) if onto is None else _product(x, update.mT, onto)
 
     @staticmethod
     @once_differentiable
@@ -214,36 +114,73 @@ class _AddUpdate(torch.autograd.Function):
         grad = grad.contiguous()
         grad_x = grad_update = None
         if ctx.needs_input_grad[0]:
-            grad_x = _move(grad, update) if ctx.onto_is_x else _product(grad, update)
+            grad_x = move(grad, update) if ctx.onto_is_x else _product(grad, update)
         if ctx.needs_input_grad[1]:
             n, b, _ = update.shape
-            grad_update = torch.bmm(_as_blocks(grad, n, b).mT, _as_blocks(x, n, b))
+            grad_update = token_products(grad, x, n, b)
         return grad_x, grad_update, None if ctx.onto_is_x else grad
 
 
-def _as_blocks(x: torch.Tensor, n: int, b: int) -> torch.Tensor:
+def as_blocks(x: torch.Tensor, n: int, b: int) -> torch.Tensor:
     """(..., n * b) as a strided view (n, tokens, b)."""
     return x.reshape(-1, n, b).transpose(0, 1)
 
 
-def _move(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+def token_products(left: torch.Tensor, right: torch.Tensor, n: int, b: int) -> torch.Tensor:
+    """The sum over tokens of left_i right_i^T for every block, (n, b, b): D's gradient from those of x + D x and x.
+
+    On a CPU a cache-full of tokens at a time, added in float32 or wider; in 16 bits from contiguous copies, since its
+    kernels take strided blocks at a fifth of the rate.
+    """
+    if left.device.type != "cpu":
+        return torch.bmm(as_blocks(left, n, b).mT, as_blocks(right, n, b))
+    total = torch.zeros(n, b, b, dtype=torch.promote_types(left.dtype, torch.float32))
+    parts = (t.reshape(-1, n * b).split(TOKENS_IN_CACHE) for t in (left, right))
+    for left_part, right_part in zip(*parts, strict=True):
+        left_blocks, right_blocks = as_blocks(left_part, n, b), as_blocks(right_part, n, b)
+        if left.dtype.itemsize < 4:
+            total += torch.bmm(left_blocks.contiguous().mT, right_blocks.contiguous())
+        else:
+            total.baddbmm_(left_blocks.mT, right_blocks)
+    return total.to(left.dtype)
+
+
+def move(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
     """x_i + x_i @ matrices_i for every block.
 
     In 32 bits and more I + D is formed, which saves a pass over x; it is exact for D = 0 and loses nothing that the
     rounding of the result would have kept.  In 16 bits it would swallow the diagonal of a small D.
     """
-    if x.dtype.itemsize < 4:
+    if x.dtype.itemsize >= 4:
+        return _product(x, plus_identity(matrices))
+    if x.device.type != "cpu":
         return _product(x, matrices, onto=x)
-    return _product(x, matrices + torch.eye(matrices.shape[-1], dtype=x.dtype, device=x.device))
+    moved = torch.empty_like(x, memory_format=torch.contiguous_format)
+    move_parts(x.reshape(-1, x.shape[-1]), matrices, moved.view(-1, x.shape[-1]))
+    return moved
+
+
+def move_parts(x: torch.Tensor, matrices: torch.Tensor, result: torch.Tensor) -> None:
+    """`move` of x (tokens, n * b) into `result`, which may be x itself, a cache-full of tokens at a time."""
+    n, b, _ = matrices.shape
+    wide = x.dtype.itemsize >= 4
+    factors = plus_identity(matrices) if wide else matrices.contiguous()
+    for part, target in zip(x.split(TOKENS_IN_CACHE), result.split(TOKENS_IN_CACHE), strict=True):
+        blocks = as_blocks(part, n, b) if wide else as_blocks(part, n, b).contiguous()
+        as_blocks(target, n, b).copy_(torch.bmm(blocks, factors) if wide else torch.baddbmm(blocks, blocks, factors))
+
+
+def plus_identity(matrices: torch.Tensor) -> torch.Tensor:
+    return matrices + torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
 
 
 def _product(x: torch.Tensor, matrices: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
     """onto + x_i @ matrices_i for every block, in the layout of x; `onto` None adds nothing."""
     n, b, _ = matrices.shape
     if x.device.type == "cpu" and x.numel() < SMALL_CPU_BATCH * n * b:
-        x_blocks = _as_blocks(x, n, b)
+        x_blocks = as_blocks(x, n, b)
         blocks = (
-            torch.bmm(x_blocks, matrices) if onto is None else torch.baddbmm(_as_blocks(onto, n, b), x_blocks, matrices)
+            torch.bmm(x_blocks, matrices) if onto is None else torch.baddbmm(as_blocks(onto, n, b), x_blocks, matrices)
         )
         return blocks.transpose(0, 1).reshape(x.shape)
     result = (
@@ -251,7 +188,7 @@ def _product(x: torch.Tensor, matrices: torch.Tensor, onto: torch.Tensor | None 
         if onto is None
         else onto.clone(memory_format=torch.contiguous_format)
     )
-    _as_blocks(result, n, b).baddbmm_(_as_blocks(x, n, b), matrices, beta=0 if onto is None else 1)
+    as_blocks(result, n, b).baddbmm_(as_blocks(x, n, b), matrices, beta=0 if onto is None else 1)
     return result
 
 
@@ -263,7 +200,7 @@ def add_update(x: torch.Tensor, update: torch.Tensor, onto: torch.Tensor | None 
     """
     if torch.compiler.is_compiling():  # the compiler chooses layouts itself and takes no in-place product on a view
         n, b, _ = update.shape
-        start, x_blocks = (_as_blocks(t, n, b) for t in (x if onto is None else onto, x))
+        start, x_blocks = (as_blocks(t, n, b) for t in (x if onto is None else onto, x))
         return torch.baddbmm(start, x_blocks, update.to(x.dtype).mT).transpose(0, 1).reshape(x.shape)
     return _AddUpdate.apply(x, update.to(x.dtype), onto)
 

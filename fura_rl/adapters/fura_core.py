@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fura_rl.adapters import blocks
+from fura_rl.adapters.frames import Frame
 from fura_rl.adapters.fura_config import FuraConfig
 
 RANDOM_UPDATE_STD = 0.1  # init_weights=False: relative size of the random update, large enough for tests to see
@@ -21,7 +22,7 @@ class FuraCore(nn.Module):
     16 bits would move the adapted weight by more than a training step does.
     """
 
-    def __init__(self, frame: blocks.Frame, config: FuraConfig, axis: str) -> None:
+    def __init__(self, frame: Frame, config: FuraConfig, axis: str) -> None:
         super().__init__()
         n, b, r = frame.right.shape
         options = {"dtype": frame.right.dtype, "device": frame.right.device}

@@ -17,10 +17,11 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fura_rl.adapters import blocks
+from fura_rl.adapters import blocks, frames
 from fura_rl.adapters.fura_config import FuraConfig
 from fura_rl.adapters.fura_core import FuraCore
 from fura_rl.adapters.large_core import LargeCore
+from fura_rl.adapters.moved_linear import moved_linear, takes
 from fura_rl.adapters.quantized import keep_layout
 
 
@@ -294,6 +295,8 @@ class FuraLinear(nn.Module, BaseTunerLayer):
         column_updates, row_updates = (
             sum_updates([core for core in cores if core.axis == axis]) for axis in ("in", "out")
         )
+        if len(column_updates) == 1 and not (row_updates or args or kwargs) and takes(self.base_layer, x):
+            return moved_linear(x, column_updates[0], self.base_layer)
         moved = None
         for update in column_updates:
             moved = blocks.add_update(x, update, onto=moved)
@@ -379,33 +382,33 @@ def sum_updates(cores: list[FuraCore]) -> list[torch.Tensor]:
     return list(by_size.values())
 
 
-def make_frame(weight: torch.Tensor, size: int, config: FuraConfig) -> tuple[blocks.Frame, torch.Tensor | None]:
+def make_frame(weight: torch.Tensor, size: int, config: FuraConfig) -> tuple[frames.Frame, torch.Tensor | None]:
     """The frame of `weight` (rows, cols) and, for a core form, the large core (rows, n * r)."""
     if config.basis == "svd":
-        frame = blocks.svd_frame(weight, size)
+        frame = frames.svd_frame(weight, size)
         if config.form == "base":
             return frame, None
         scale = blocks.core_scale(frame.singular_values, config.singular_values, config.train_core)
         return frame, blocks.large_core(weight, frame.right, scale)
     if config.basis == "random":
-        large, small = blocks.random_cores(weight, size, seed=weight.numel())
-        return blocks.Frame(small.mT, None), large
-    large, small = blocks.qr_cores(weight, size)
+        large, small = frames.random_cores(weight, size, seed=weight.numel())
+        return frames.Frame(small.mT, None), large
+    large, small = frames.qr_cores(weight, size)
     singular_values = torch.linalg.svdvals(small.double())
-    dropped = int((singular_values <= blocks.RANK_TOLERANCE * singular_values[:, :1]).sum())
+    dropped = int((singular_values <= frames.RANK_TOLERANCE * singular_values[:, :1]).sum())
     if config.form == "core":
-        return blocks.Frame(small.mT, None, dropped), large
-    inverse = torch.linalg.pinv(small.double(), rtol=blocks.RANK_TOLERANCE).to(small.dtype)
-    return blocks.Frame(inverse, None, dropped), None
+        return frames.Frame(small.mT, None, dropped), large
+    inverse = torch.linalg.pinv(small.double(), rtol=frames.RANK_TOLERANCE).to(small.dtype)
+    return frames.Frame(inverse, None, dropped), None
 
 
-def empty_frame(weight: torch.Tensor, size: int, config: FuraConfig) -> blocks.Frame:
+def empty_frame(weight: torch.Tensor, size: int, config: FuraConfig) -> frames.Frame:
     """A frame of the right shapes for a weight that has no values yet (meta device); a checkpoint fills it."""
     rows, cols = weight.shape
     n, r = cols // size, min(rows, size)
     options = {"device": "meta", "dtype": torch.promote_types(weight.dtype, torch.float32)}
     values = torch.empty(n, r, **options) if config.basis == "svd" else None
-    return blocks.Frame(torch.empty(n, size, r, **options), values)
+    return frames.Frame(torch.empty(n, size, r, **options), values)
 
 
 def parameters_go_to_meta() -> bool:

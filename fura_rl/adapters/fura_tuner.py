@@ -77,6 +77,7 @@ class FuraModel(BaseTuner):
     def _post_injection_hook(self, model: nn.Module, config: FuraConfig, adapter_name: str) -> None:
         layers = [layer for layer in fura_layers(model) if adapter_name in layer.fura_core]
         warn_of_dropped_directions(layers)
+        warn_of_fused_experts(model)
         if fell_back := [layer.layer_name for layer in layers if layer.head_dim_fell_back]:
             warnings.warn(
                 f"block_size='head' does not divide {len(fell_back)} layers, e.g. {fell_back[0]}; they have "
@@ -161,6 +162,16 @@ def warn_of_dropped_directions(layers: list[FuraLinear]) -> None:
         warnings.warn(
             f"{total} block directions have no pretrained column (singular value 0) and stay still; "
             f"most in {worst} ({dropped[worst]})",
+            stacklevel=2,
+        )
+
+
+def warn_of_fused_experts(model: nn.Module) -> None:
+    """Say that experts held as stacked parameters (experts, in, out) stay frozen: they are no modules to adapt."""
+    fused = [name for name, p in model.named_parameters() if p.ndim == 3 and "experts" in name and "fura_" not in name]
+    if fused:
+        warnings.warn(
+            f"{len(fused)} fused expert parameters, e.g. {fused[0]}, are not linear modules; FuRA leaves them frozen",
             stacklevel=2,
         )
 

@@ -14,7 +14,7 @@ from fura_rl.sync.fold import folded_weight
 
 
 def run(settings: Settings) -> list[dict[str, Any]]:
-    return [row for shape in settings.shapes for row in compare(settings, shape)]
+    return [row for shape in settings.budget.units("fold", settings.shapes) for row in compare(settings, shape)]
 
 
 def compare(settings: Settings, shape: tuple[int, int]) -> list[dict[str, Any]]:

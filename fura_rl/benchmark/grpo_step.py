@@ -23,7 +23,7 @@ PROMPTS, ROLLOUTS = 2, 4
 
 def run(settings: Settings) -> list[dict[str, Any]]:
     """One row per method, each on a model of its own, one after another so that peaks do not add up."""
-    rows = [measure_method(settings, method) for method in ("fura", "lora", "full")]
+    rows = [measure_method(settings, method) for method in settings.budget.units("step", ("fura", "lora", "full"))]
     for row in rows:
         row["fura_train_ratio"] = rows[0]["train_s"] / row["train_s"]
     return rows
@@ -42,6 +42,7 @@ def make_policy(settings: Settings, method: str) -> tuple[nn.Module, float]:
 
 
 def measure_method(settings: Settings, method: str) -> dict[str, Any]:
+    measure.release(settings.device)
     policy, adapt_seconds = make_policy(settings, method)
     policy.train()
     trained = [p for p in policy.parameters() if p.requires_grad]
@@ -69,7 +70,8 @@ def measure_method(settings: Settings, method: str) -> dict[str, Any]:
     sequences = rollout()
     calls = {"rollout_s": rollout, "train_s": lambda: train(sequences)}
     times = measure.interleaved_medians(calls, settings)
-    held = sum(t.nbytes for t in [*policy.parameters(), *policy.buffers()])
+    states = [t for state in optimizer.state.values() for t in state.values()]
+    held = sum(t.nbytes for t in [*policy.parameters(), *policy.buffers(), *states])
     return {
         "model": settings.model,
         "method": method,

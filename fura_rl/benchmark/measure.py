@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import platform
@@ -9,12 +10,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from fura_rl.benchmark.budget import Budget
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,25 @@ class Settings:
     tokens: tuple[int, ...]
     repeats: int
     seconds: float  # a measurement stops repeating after this long, but never before three repeats
-    model: str  # a key of `models.SIZES`: the model of the whole-model benchmarks
+    sizes: tuple[str, ...]  # keys of `models.SIZES` whose layers are measured
+    model: str  # another: the model of the whole-model benchmarks
+    clock: Callable[[], float] = time.perf_counter  # seconds; `time.process_time` where others share the machine
+    budget: Budget = field(default_factory=Budget)
+    seeds: int = 5  # of studies that train
+    steps: int = 50  # of each of their runs
+    out: Path = Path("outputs/benchmark")  # where studies keep what they have finished
 
 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def release(device: torch.device) -> None:
+    """Give back what the models before held, so that the next one's peak is its own."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def interleaved_medians(
@@ -47,10 +63,10 @@ def interleaved_medians(
     for repeat in range(settings.repeats):
         for name, call in contenders.items():
             synchronize(settings.device)
-            started = time.perf_counter()
+            started = settings.clock()
             call()
             synchronize(settings.device)
-            times[name].append(time.perf_counter() - started)
+            times[name].append(settings.clock() - started)
         if repeat >= 2 and time.perf_counter() - begun > settings.seconds:
             break
     return {name: statistics.median(values) for name, values in times.items()}
@@ -78,6 +94,27 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
         held += change
         most = max(most, held)
     return most
+
+
+def peak_process_bytes(call: Callable[[], Any], device: torch.device) -> int:
+    """As `peak_bytes`, for calls with threads of their own, which the profiler does not see.
+
+    On a CPU the growth of the process's resident memory, libraries' workspaces included (Linux only).
+    """
+    if device.type == "cuda" or not Path("/proc/self/clear_refs").exists():
+        return peak_bytes(call, device)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else freed memory that the allocator kept would hide what the call needs
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here: proc(5)
+    before = resident_bytes("VmRSS")
+    call()
+    return resident_bytes("VmHWM") - before
+
+
+def resident_bytes(field_name: str) -> int:
+    """`VmRSS` (now) or `VmHWM` (the most) of this process: proc(5)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field_name))
+    return 1024 * int(line.split()[1])
 
 
 def saved_activation_bytes(call: Callable[[], Any], module: nn.Module) -> int:
@@ -112,6 +149,7 @@ def machine(settings: Settings) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if large else f"{platform.processor() or platform.machine()} CPU",
         "threads": None if large else torch.get_num_threads(),
+        "clock": settings.clock.__name__,
         "dtype": str(dtype).removeprefix("torch."),
         "copy_gb_per_second": round(2 * source.nbytes / times["copy"] / 1e9, 1),
         "matmul_tflop_per_second": round(2 * size**3 / times["matmul"] / 1e12, 3),

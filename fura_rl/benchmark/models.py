@@ -14,6 +14,10 @@ SIZES: dict[str, dict[str, Any]] = {
         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 512,
     },
+    "3m": {
+        "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 32, "vocab_size": 512,
+    },
     "qwen3-0.6b": {
         "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
         "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
@@ -29,19 +33,33 @@ SIZES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def layer_shapes(size: str) -> tuple[tuple[int, int], ...]:
-    """The distinct (out_features, in_features) of a model's adapted projections, square one first."""
+def projection_shapes(size: str) -> tuple[tuple[int, int], ...]:
+    """(out_features, in_features) of a decoder layer's seven projections: q, k, v, o, gate, up, down."""
     s = SIZES[size]
     hidden, heads = s["hidden_size"], s["num_attention_heads"] * s["head_dim"]
     kv, inner = s["num_key_value_heads"] * s["head_dim"], s["intermediate_size"]
-    return tuple(dict.fromkeys([(heads, hidden), (kv, hidden), (inner, hidden), (hidden, inner)]))
+    return (
+        (heads, hidden),
+        (kv, hidden),
+        (kv, hidden),
+        (hidden, heads),
+        (inner, hidden),
+        (inner, hidden),
+        (hidden, inner),
+    )
+
+
+def layer_shapes(size: str) -> tuple[tuple[int, int], ...]:
+    """The distinct ones of `projection_shapes`, in that order."""
+    return tuple(dict.fromkeys(projection_shapes(size)))
 
 
 def random_model(size: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """A Qwen3 of that size with random weights."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    settings = {"tie_word_embeddings": True, "max_position_embeddings": 4096} | SIZES[size]
+    tied = SIZES[size]["hidden_size"] < 3000  # as the released models of these sizes are
+    settings = {"tie_word_embeddings": tied, "max_position_embeddings": 4096} | SIZES[size]
     config = Qwen3Config(**settings, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     torch.manual_seed(0)
     with torch.device(device):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fura_rl.adapters import blocks
+from fura_rl.adapters import blocks, frames
 from fura_rl.adapters.quantized import nf4_dense, nf4_parameter
 from fura_rl.benchmark import measure
 from fura_rl.benchmark.measure import Settings
@@ -16,9 +16,8 @@ SPECTRUM_EXPONENT = 0.5  # of a pretrained projection's singular values, s_k ~ k
 
 
 def run(settings: Settings) -> list[dict[str, Any]]:
-    return [
-        row for shape in settings.shapes for kind in ("random", "real-shaped") for row in compare(settings, shape, kind)
-    ]
+    cases = [(shape, kind) for shape in settings.shapes for kind in ("random", "real-shaped")]
+    return [row for shape, kind in settings.budget.units("quantize", cases) for row in compare(settings, shape, kind)]
 
 
 def make_weight(shape: tuple[int, int], kind: str, device: torch.device) -> torch.Tensor:
@@ -41,7 +40,7 @@ def compare(settings: Settings, shape: tuple[int, int], kind: str) -> list[dict[
         return nf4_dense(nf4_parameter(weight))
 
     def qfura(treatment: str) -> torch.Tensor:
-        frame = blocks.svd_frame(weight, size)
+        frame = frames.svd_frame(weight, size)
         scale = blocks.core_scale(frame.singular_values, treatment, "small")
         large = nf4_dense(nf4_parameter(blocks.large_core(weight, frame.right, scale)))
         return blocks.fold(large, blocks.starting_core(frame.right, scale))

@@ -21,6 +21,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def machine_line(machine: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     threads = f", {machine['threads']} threads" if machine["threads"] else ""
+    threads += ", CPU time" if machine["clock"] == "process_time" else ""
     return (
         f"{machine['device']}{threads}, {machine['dtype']}: copies {machine['copy_gb_per_second']} GB/s, multiplies "
         f"{machine['matmul_tflop_per_second']} TFLOP/s; {versions}"
@@ -33,6 +34,8 @@ def write(out: Path, results: dict[str, list[dict[str, Any]]], machine: dict[str
     files = [out / "benchmark.json", out / "benchmark.md"]
     files[0].write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
     sections = [machine_line(machine)] + [f"## {name}\n\n{markdown(rows)}" for name, rows in results.items() if rows]
+    if machine.get("skipped"):
+        sections.append("Skipped: " + "; ".join(machine["skipped"]))
     files[1].write_text("\n\n".join(sections) + "\n")
     if results.get("layer"):
         files += plot_layer(out / "layer.png", results["layer"], machine)

@@ -1,62 +1,105 @@
-"""pass@k of one model on one benchmark: problems, engine, samples, table."""
+"""One model on one benchmark: problems, engine, samples batch by batch, scores, table."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fura_rl.data import load_splits, pick_split, prepare
+from transformers import AutoConfig
+
+from fura_rl.data import encode_prompts
 from fura_rl.evaluation.benchmarks.benchmark import Benchmark
-from fura_rl.evaluation.sampling import Evaluation, Sampling, evaluate
-from fura_rl.report import environment
+from fura_rl.evaluation.problems import Problem
+from fura_rl.evaluation.run_folder import RunFolder
+from fura_rl.evaluation.sampling import Sampling, evaluate
+from fura_rl.evaluation.scores import summarize
 from fura_rl.sync.vllm_engine import cpu_cache_settings
 
 if TYPE_CHECKING:
-    import argparse
-
     from transformers import PreTrainedTokenizerBase
     from vllm import LLM
 
+SAMPLES_PER_BATCH = 2048  # enough to fill an engine, little enough to lose in a kill
+
 
 @dataclass(frozen=True)
-class Problems:
-    """The prepared problems of a benchmark: prompts, golds, and the tokenizer they were made for."""
+class Batch:
+    """Problems `start` to `stop` of one pass, which are sampled and written together."""
 
-    prompts: list[Any]
-    golds: list[str]
-    tokenizer: PreTrainedTokenizerBase
+    name: str  # of the pass: "greedy" or "sampled"
+    sampling: Sampling
+    start: int
+    stop: int
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.name, self.start
+
+    @property
+    def samples(self) -> int:
+        return (self.stop - self.start) * self.sampling.n
+
+    def seeded(self) -> Sampling:
+        """The batch's own seed, so that a resumed run draws what an unkilled one draws."""
+        digest = hashlib.sha256(f"{self.sampling.seed} {self.name} {self.start}".encode()).digest()
+        return replace(self.sampling, seed=int.from_bytes(digest[:6], "big"))
 
 
-def check_request(ks: Sequence[int], num_samples: int) -> None:
-    """Raises ValueError where some pass@k cannot be estimated from so many samples."""
-    bad = [k for k in ks if not 1 <= k <= num_samples]
-    if bad:
-        raise ValueError(
-            f"--k {' '.join(map(str, bad))} needs 1 <= k <= num_samples={num_samples}; raise --num_samples"
-        )
+def plan_passes(benchmark: Benchmark, *, greedy: bool | None = None, **overrides: Any) -> dict[str, Sampling]:
+    """The passes of the benchmark's convention, with what the caller sets otherwise; None stands for the convention.
+
+    Raises:
+        ValueError: where nothing is left to do, or a setting has no meaning.
+    """
+    given = {name: value for name, value in overrides.items() if value is not None}
+    sampling = replace(benchmark.sampling, **given)
+    if sampling.n > 1 and sampling.temperature == 0.0:
+        if "temperature" in given:
+            raise ValueError(f"temperature=0 makes all {sampling.n} samples of a problem alike; use --num_samples 0")
+        sampling = replace(sampling, temperature=1.0)
+    if sampling.n < 0 or sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.max_tokens < 1:
+        raise ValueError(f"impossible sampling {asdict(sampling)}")
+    passes = {}
+    if benchmark.greedy if greedy is None else greedy:
+        passes["greedy"] = replace(sampling, n=1, temperature=0.0, top_p=1.0)
+    if sampling.n:
+        passes["sampled"] = sampling
+    if not passes:
+        raise ValueError("neither greedy nor sampled: set --num_samples, or leave out --no_greedy")
+    return passes
 
 
-def load_problems(benchmark: Benchmark, checkpoint: str, max_problems: int | None) -> Problems:
-    """Raises ValueError where the benchmark has no such split, the wrong size, or unreadable golds."""
-    from transformers import AutoTokenizer
+def choose_ks(ks: Sequence[int] | None, passes: dict[str, Sampling]) -> list[int]:
+    """The k of pass@k: those asked for, else 1, 2, 4 ... up to the number of samples.
 
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    script = benchmark.script_arguments()
-    dataset = pick_split(load_splits(script), benchmark.split, benchmark.dataset_name)
-    if benchmark.size is not None and len(dataset) != benchmark.size:
-        raise ValueError(f"{benchmark.dataset_name} has {len(dataset)} problems, expected {benchmark.size}")
-    if max_problems is not None:
-        dataset = dataset.select(range(min(max_problems, len(dataset))))
-    prepared = prepare(dataset, script, tokenizer, benchmark.dataset_name)
-    return Problems(list(prepared["prompt"]), list(prepared["answer"]), tokenizer)
+    Raises:
+        ValueError: where some pass@k cannot be estimated from so many samples.
+    """
+    n = passes["sampled"].n if "sampled" in passes else 0
+    if ks is None:
+        return sorted({2**i for i in range(n.bit_length()) if 2**i <= n} | ({n} if n else set()))
+    if bad := [k for k in ks if not 1 <= k <= n]:
+        raise ValueError(f"--k {' '.join(map(str, bad))} needs 1 <= k <= num_samples={n}; raise --num_samples")
+    return sorted(set(ks))
+
+
+def plan_batches(problems: int, passes: dict[str, Sampling]) -> list[Batch]:
+    batches = []
+    for name, sampling in passes.items():
+        step = max(1, SAMPLES_PER_BATCH // sampling.n)
+        batches += [Batch(name, sampling, start, min(start + step, problems)) for start in range(0, problems, step)]
+    return batches
 
 
 def start_engine(checkpoint: str, dtype: str, memory_utilization: float | None, seed: int) -> LLM:
-    """A vLLM engine in this process."""
+    """A vLLM engine in this process; `dtype` "auto" is the checkpoint's own, where vLLM's would halve float32."""
     from vllm import LLM
     from vllm.platforms import current_platform
 
+    if dtype == "auto":
+        dtype = str(AutoConfig.from_pretrained(checkpoint).dtype or "auto").removeprefix("torch.")
     on_cpu = current_platform.is_cpu()
     memory_utilization = memory_utilization or (0.1 if on_cpu else 0.9)
     return LLM(
@@ -70,49 +113,99 @@ def start_engine(checkpoint: str, dtype: str, memory_utilization: float | None, 
     )
 
 
-def score(llm: LLM, problems: Problems, args: argparse.Namespace) -> dict[str, Any]:
-    """Greedy and sampled evaluation as one JSON-ready record that holds every sample."""
-    shared = {"max_tokens": args.max_tokens, "seed": args.seed}
-    samplings = {
-        "greedy": Sampling(n=1, temperature=0.0, **shared),
-        "sampled": Sampling(n=args.num_samples, temperature=args.temperature, top_p=args.top_p, **shared),
-    }
-    evaluations: dict[str, Evaluation] = {
-        name: evaluate(llm, problems.tokenizer, problems.prompts, problems.golds, sampling)
-        for name, sampling in samplings.items()
-    }
-    sampled = evaluations["sampled"]
-    return {
-        "model": args.model,
-        "benchmark": args.benchmark,
-        "problems": len(problems.prompts),
-        "greedy_accuracy": evaluations["greedy"].pass_at(1),
-        "pass_at_k": {str(k): sampled.pass_at(k) for k in args.k},
-        "truncated_frac": sampled.truncated_frac,
-        "no_answer_frac": sampled.no_answer_frac,
-        "sampling": {name: asdict(sampling) for name, sampling in samplings.items()},
-        "environment": environment(),
-        "samples": {name: evaluation.rows() for name, evaluation in evaluations.items()},
-    }
+def check_lengths(
+    checkpoint: str, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], passes: dict[str, Sampling]
+) -> None:
+    """Raises ValueError where a prompt and its longest completion exceed what the model can hold."""
+    limit = getattr(AutoConfig.from_pretrained(checkpoint).get_text_config(), "max_position_embeddings", None)
+    longest = max(len(ids) for ids in encode_prompts([problem.prompt for problem in problems], tokenizer))
+    wanted = max(sampling.max_tokens for sampling in passes.values())
+    if limit is not None and longest + wanted > limit:
+        raise ValueError(
+            f"max_tokens={wanted} and the longest prompt of {longest} tokens exceed the model's {limit}; "
+            f"use --max_tokens {limit - longest} or less"
+        )
 
 
-def print_result(result: dict[str, Any]) -> None:
+def sample_all(
+    llm: LLM,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    batches: Sequence[Batch],
+    folder: RunFolder,
+) -> None:
+    """Sample every batch that is not in the folder yet, one after another, each written as soon as it is graded."""
+    from tqdm.auto import tqdm
+
+    whole = folder.keep_whole_batches({batch.key: batch.samples for batch in batches})
+    total, done = sum(batch.samples for batch in batches), sum(b.samples for b in batches if b.key in whole)
+    with tqdm(total=total, initial=done, unit="sample", desc="sampling") as progress:
+        for batch in batches:
+            if batch.key not in whole:
+                folder.append(sample_batch(llm, tokenizer, problems, batch))
+                progress.update(batch.samples)
+
+
+def sample_batch(
+    llm: LLM, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], batch: Batch
+) -> Iterator[dict[str, Any]]:
+    chosen = problems[batch.start : batch.stop]
+    llm.reset_prefix_cache()  # what was sampled before must not change how this batch is scheduled
+    evaluation = evaluate(
+        llm,
+        tokenizer,
+        [problem.prompt for problem in chosen],
+        [problem.gold for problem in chosen],
+        batch.seeded(),
+        progress=False,
+        first_problem=batch.start,
+    )
+    for row in evaluation.rows():
+        prompt = problems[row["problem"]].prompt
+        yield {"pass": batch.name, "batch": batch.start, **row, "prompt": prompt}
+
+
+def score(folder: RunFolder, problems: Sequence[Problem], ks: Sequence[int]) -> dict[str, Any]:
+    """The scores of a finished folder, written to its summary."""
+    rows = folder.samples()
+    summary = summarize(rows, [problem.groups for problem in problems], ks)
+    folder.write_summary(summary)
+    return summary
+
+
+def print_summary(summary: dict[str, Any], title: str, passes: dict[str, Sampling], convention: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    sampling = result["sampling"]["sampled"]
-    table = Table(title=f"{result['model']} on {result['benchmark']}", title_justify="left")
-    table.add_column("measure")
-    table.add_column("value", justify="right")
-    table.add_row("greedy accuracy", f"{result['greedy_accuracy']:.3f}")
-    for k, value in result["pass_at_k"].items():
-        table.add_row(f"pass@{k}", f"{value:.3f}")
-    table.add_row("cut at max_tokens", f"{result['truncated_frac']:.1%}")
-    table.add_row("without a boxed answer", f"{result['no_answer_frac']:.1%}")
-    conditions = (
-        f"{result['problems']} problems, {sampling['n']} samples each, temperature {sampling['temperature']:g}, "
-        f"top-p {sampling['top_p']:g}, max {sampling['max_tokens']} tokens"
-    )
     console = Console()
+    table = Table(title=title, title_justify="left")
+    for column, justify in (("measure", "left"), ("mean", "right"), ("95% interval", "right")):
+        table.add_column(column, justify=justify)
+    add_scores(table, summary["scores"])
     console.print(table)
-    console.print(conditions, highlight=False)
+    for name, part in summary["samples"].items():
+        s = passes[name]
+        console.print(
+            f"{name}: {summary['problems']} problems, {s.n} each, temperature {s.temperature:g}, top-p {s.top_p:g}; "
+            f"{part['truncated_frac']:.1%} cut at {s.max_tokens} tokens, {part['no_answer_frac']:.1%} without a box "
+            f"({part['phrase_correct_frac']:.1%} right in words, not counted), {part['ungraded_frac']:.1%} not graded",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if convention:
+        console.print(f"convention: {convention}", highlight=False, soft_wrap=True)
+    for column, groups in summary["groups"].items():
+        part = Table(title=f"by {column}", title_justify="left")
+        measures = list(summary["scores"])
+        for heading in (column, "problems", *measures):
+            part.add_column(heading, justify="left" if heading == column else "right")
+        for name, group in groups.items():
+            part.add_row(name, str(group["problems"]), *(f"{group['scores'][m]['mean']:.3f}" for m in measures))
+        console.print(part)
+
+
+def add_scores(table: Any, scores: dict[str, dict[str, float]], signed: bool = False) -> None:
+    form = "+.3f" if signed else ".3f"
+    for measure, value in scores.items():
+        interval = f"{format(value['low'], form)} to {format(value['high'], form)}"
+        table.add_row(measure, format(value["mean"], form), interval)

@@ -10,7 +10,7 @@ import torch
 
 from fura_rl.data import encode_prompts
 from fura_rl.evaluation.estimators import pass_at_k
-from rewards import grade
+from rewards import Item, grade
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,11 +33,15 @@ class Sample:
     """One completion and its verdict."""
 
     problem: int  # index of the problem
+    sample: int  # index among the problem's samples
     text: str
     token_ids: list[int]
-    answer: str | None  # content of the last closed box
+    answer: str | None  # content of the last closed box, or what followed "the answer is"
     gold: str
-    correct: bool
+    correct: bool  # by a box; an answer in words alone is told apart by its `source`
+    status: str  # a status of `rewards.Result`
+    reason: str  # how it was decided, or what went wrong
+    source: str | None  # "box" or "phrase"
     finish_reason: str  # "stop", or "length" where max_tokens cut it
 
 
@@ -60,14 +64,6 @@ class Evaluation:
         counts = self.correct_counts
         return sum(pass_at_k(self.n, c, k) for c in counts) / len(counts)
 
-    @property
-    def truncated_frac(self) -> float:
-        return sum(sample.finish_reason == "length" for sample in self.samples) / len(self.samples)
-
-    @property
-    def no_answer_frac(self) -> float:
-        return sum(sample.answer is None for sample in self.samples) / len(self.samples)
-
     def rows(self) -> list[dict[str, Any]]:
         return [asdict(sample) for sample in self.samples]
 
@@ -80,12 +76,13 @@ def evaluate(
     sampling: Sampling,
     stop_token_ids: list[int] | None = None,
     progress: bool = True,
+    first_problem: int = 0,
 ) -> Evaluation:
     """Sample `sampling.n` completions for every prompt and grade each with the reward's own grader.
 
     The same seed gives the same samples; the caller's random state is left as it was.  The engine of this process
     draws from torch's global generator: a seed per request fails on CPU where a prompt is prefilled in chunks (vLLM
-    0.31 asks the CPU generator for an offset).
+    0.31 asks the CPU generator for an offset).  `first_problem` is the index of the first prompt in the benchmark.
 
     Raises:
         ValueError: where there are no prompts, or their number differs from that of the golds.
@@ -105,20 +102,32 @@ def evaluate(
     with torch.random.fork_rng():
         torch.manual_seed(sampling.seed)
         outputs = llm.generate(requests, params, use_tqdm=progress)
-    samples = []
-    for index, (output, gold) in enumerate(zip(outputs, golds, strict=True)):
-        for completion in output.outputs:
-            text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-            verdict = grade(text, gold)
-            samples.append(
-                Sample(
-                    problem=index,
-                    text=text,
-                    token_ids=list(completion.token_ids),
-                    answer=verdict.answer,
-                    gold=gold,
-                    correct=verdict.correct,
-                    finish_reason=str(completion.finish_reason),
-                )
-            )
+    drawn = [
+        (problem, index, gold, completion)
+        for problem, (output, gold) in enumerate(zip(outputs, golds, strict=True), first_problem)
+        for index, completion in enumerate(output.outputs)
+    ]
+    texts = tokenizer.batch_decode([completion.token_ids for *_, completion in drawn], skip_special_tokens=True)
+    items = [
+        Item(text, gold, truncated=completion.finish_reason == "length")
+        for text, (_, _, gold, completion) in zip(texts, drawn, strict=True)
+    ]
+    samples = [
+        Sample(
+            problem=problem,
+            sample=index,
+            text=text,
+            token_ids=list(completion.token_ids),
+            answer=verdict.answer,
+            gold=gold,
+            correct=verdict.correct and verdict.source == "box",
+            status=verdict.status,
+            reason=verdict.decided_by,
+            source=verdict.source,
+            finish_reason=str(completion.finish_reason),
+        )
+        for text, (problem, index, gold, completion), verdict in zip(
+            texts, drawn, grade(items, mode="evaluation"), strict=True
+        )
+    ]
     return Evaluation(samples, sampling.n)

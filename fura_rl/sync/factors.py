@@ -9,7 +9,7 @@ Notation: W (out, in) the pristine base weight, W' the adapted one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +19,9 @@ from fura_rl.sync.rounding import round_weight
 Span = tuple[int, int]  # a half-open range of rows or columns
 Read = Callable[[Span, Span], torch.Tensor]  # a slice of W by (rows, columns), in the base's own dtype
 
-# On a CPU, products of blocks narrower than this are slower than of two together with zeros between (measured, fp32).
-CPU_BLOCK_WIDTH = 64
+# Of a weight in 32 bits on a CPU, so many bytes are folded at once: few enough products to wait for each, and a
+# product small enough to be added while it is in cache (measured; a smaller or larger piece is up to a fifth slower).
+CPU_PIECE_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,14 @@ class Rule:
     """`fold(base, tensors, rows, columns, out)` writes W'[rows, columns] into `out`.
 
     `widen(tensors, rows, columns)` are the rows and columns of W that it needs, which are the ones that `base` holds.
-    `fold` writes in the dtype of `out`, and accumulates in float32 or wider.
+    `fold` writes in the dtype of `out`, and accumulates in float32 or wider.  `by_row` names the tensors with a row for
+    every row of W; None where a row of W' takes more than the same row of W.
     """
 
     names: tuple[str, ...]
     widen: Callable[[Mapping[str, torch.Tensor], Span, Span], tuple[Span, Span]]
     fold: Callable[[torch.Tensor, Mapping[str, torch.Tensor], Span, Span, torch.Tensor], None]
+    by_row: tuple[str, ...] | None
 
 
 def fold_slice(
@@ -74,6 +77,33 @@ def fold_slice(
     exact = torch.empty(out.shape, dtype=wide, device=out.device)
     rule.fold(None if base is None else base.to(wide), factors.tensors, rows, columns, exact)
     out.copy_(round_weight(exact, out.dtype, generator) if rounds_apart else exact)
+
+
+def fold_rows(
+    read: Read,
+    factors: Factors,
+    spans: Sequence[Span],
+    columns: Span,
+    out: torch.Tensor,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Write W'[spans, columns] into `out`, one span of rows after another: one fold where the rule allows it."""
+    by_row = RULES[factors.rule].by_row
+    sizes = [last - first for first, last in spans]
+    if by_row is None:
+        for span, part in zip(spans, out.split(sizes), strict=True):
+            fold_slice(read, factors, span, columns, part, generator)
+        return
+
+    def gathered(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat([tensor[slice(*span)] for span in spans])
+
+    tensors = {name: gathered(tensor) if name in by_row else tensor for name, tensor in factors.tensors.items()}
+
+    def read_spans(rows: Span, columns: Span) -> torch.Tensor:
+        return torch.cat([read(span, columns) for span in spans])
+
+    fold_slice(read_spans, Factors(factors.rule, tensors), (0, sum(sizes)), columns, out, generator)
 
 
 def _same(tensors: Mapping[str, torch.Tensor], rows: Span, columns: Span) -> tuple[Span, Span]:
@@ -121,25 +151,22 @@ def _fold_block_rows(
 
 def _add_block_product(base: torch.Tensor, update: torch.Tensor, out: torch.Tensor, wide: Span, columns: Span) -> None:
     """out = (base + base blockdiag(update)), cut from the columns `wide` that base holds to `columns`."""
-    update = _join_narrow_blocks(update.to(base.dtype))
+    update = update.to(base.dtype)
     n, b, _ = update.shape
     whole = out if wide == columns and out.stride(-1) == 1 and out.dtype == base.dtype else torch.empty_like(base)
-    whole.copy_(base)
-    blocks = whole.unflatten(1, (n, b)).transpose(0, 1)
-    blocks.baddbmm_(base.unflatten(1, (n, b)).transpose(0, 1), update)
+    if base.device.type == "cpu" and base.dtype.itemsize > 2:
+        # one batched product per piece: `baddbmm` into a strided tensor is a product per block, and a wait for each
+        piece = max(1, CPU_PIECE_BYTES // (base.shape[1] * base.itemsize))
+        for part, target in zip(base.split(piece), whole.split(piece), strict=True):
+            columns_of_part = part.unflatten(1, (n, b))
+            product = torch.bmm(columns_of_part.transpose(0, 1), update).transpose(0, 1)
+            torch.add(columns_of_part, product, out=target.unflatten(1, (n, b)))
+    else:
+        whole.copy_(base)
+        blocks = whole.unflatten(1, (n, b)).transpose(0, 1)
+        blocks.baddbmm_(base.unflatten(1, (n, b)).transpose(0, 1), update)
     if whole is not out:
         out.copy_(whole[:, columns[0] - wide[0] : columns[1] - wide[0]])
-
-
-def _join_narrow_blocks(update: torch.Tensor) -> torch.Tensor:
-    """Pairs of narrow blocks as one of twice the width, zero outside: faster on a CPU in 32 bits, the same product."""
-    n, b, _ = update.shape
-    if update.device.type != "cpu" or update.dtype.itemsize < 4 or b >= CPU_BLOCK_WIDTH or n % 2:
-        return update
-    joined = update.new_zeros(n // 2, 2, b, 2, b)
-    joined[:, 0, :, 0] = update[0::2]
-    joined[:, 1, :, 1] = update[1::2]
-    return _join_narrow_blocks(joined.reshape(n // 2, 2 * b, 2 * b))
 
 
 def _fold_low_rank(
@@ -173,15 +200,15 @@ def _fold_hadamard(
 
 RULES: dict[str, Rule] = {
     # the weight itself: full fine-tuning, and methods without a small form.  weight: any shape
-    "dense": Rule(("weight",), _same, _fold_dense),
+    "dense": Rule(("weight",), _same, _fold_dense, ("weight",)),
     # update (n, b, b): FuRA on column blocks (base-relative D), OFT
-    "block_columns": Rule(("update",), _widen_columns, _fold_block_columns),
+    "block_columns": Rule(("update",), _widen_columns, _fold_block_columns, ()),
     # update (n, b, b): FuRA on row blocks
-    "block_rows": Rule(("update",), _widen_rows, _fold_block_rows),
+    "block_rows": Rule(("update",), _widen_rows, _fold_block_rows, None),
     # up (out, r), down (r, in): LoRA, rsLoRA, PiSSA, OLoRA
-    "low_rank": Rule(("up", "down"), _same, _fold_low_rank),
+    "low_rank": Rule(("up", "down"), _same, _fold_low_rank, ("up",)),
     # the same and scale (out,): DoRA
-    "scaled_low_rank": Rule(("up", "down", "scale"), _same, _fold_scaled_low_rank),
+    "scaled_low_rank": Rule(("up", "down", "scale"), _same, _fold_scaled_low_rank, ("up", "scale")),
     # up (out, r), down (r, in): HiRA
-    "hadamard": Rule(("up", "down"), _same, _fold_hadamard),
+    "hadamard": Rule(("up", "down"), _same, _fold_hadamard, ("up",)),
 }

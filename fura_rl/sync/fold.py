@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
@@ -126,7 +127,11 @@ def checkpoint_weights(model: nn.Module) -> list[CheckpointWeight]:
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[CheckpointWeight]:
-    if isinstance(module, BaseTunerLayer):
+    if isinstance(module, ParamWrapper):
+        wrappers = {wrapper.parameter_name: wrapper for wrapper in _nested_wrappers(module)}
+        for name, parameter in module.get_base_layer().named_parameters(recurse=False):
+            yield CheckpointWeight(f"{prefix}.{name}", parameter, wrappers.get(name))
+    elif isinstance(module, BaseTunerLayer):
         base_layer = module.get_base_layer()
         if not isinstance(getattr(base_layer, "weight", None), nn.Parameter) or hasattr(module, "parameter_name"):
             raise NotImplementedError(
@@ -146,6 +151,13 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[CheckpointWeight]:
             yield CheckpointWeight(f"{prefix}.{name}".lstrip("."), parameter, quantized=quantized)
         for name, child in module.named_children():
             yield from _walk(child, f"{prefix}.{name}".lstrip("."))
+
+
+def _nested_wrappers(module: nn.Module) -> Iterator[ParamWrapper]:
+    """PEFT's adapters of the parameters of one module (stacked experts) wrap each other."""
+    while isinstance(module, ParamWrapper):
+        yield module
+        module = module.base_layer
 
 
 @torch.no_grad()
@@ -179,6 +191,9 @@ def folded_weight(layer: BaseTunerLayer, base_weight: torch.Tensor | None = None
     """
     if isinstance(layer, FuraLinear):
         return layer.folded_weight(layer.active_adapters)
+    if isinstance(layer, ParamWrapper):
+        start = whole(layer.get_param() if base_weight is None else base_weight).float()
+        return sum((layer.get_delta_weight(name).float() for name in layer.active_adapters), start=start)
     if layer.merged:
         raise RuntimeError(
             f"{type(layer).__name__} is merged into its base weight; call unmerge_adapter() before a weight sync"

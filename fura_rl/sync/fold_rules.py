@@ -22,8 +22,9 @@ from fura_rl.adapters.quantized import holds_packed_weight
 from fura_rl.sync.factors import Factors
 from fura_rl.sync.sharding import by_rows, whole
 
-# LoRA initialisations that move the base weight: the engine's checkpoint has the weight from before
-SHIFTING_INITS = ("pissa", "olora", "corda", "loftq", "milora")
+# Starts of LoRA that move the base weight: the engine's checkpoint has the weight from before
+SHIFTING_INITS = ("pissa", "olora", "corda", "loftq")
+SHIFTING_METHODS = ("MILORA",)
 
 
 def fura_factors(layer: FuraLinear, names: list[str]) -> Factors | None:
@@ -113,8 +114,11 @@ def small_factors(layer: BaseTunerLayer) -> Factors | None:
 
 def shifts_its_base(layer: BaseTunerLayer, adapter_configs: dict[str, Any]) -> bool:
     """Whether making the adapter moved the base weight away from the checkpoint's (PiSSA and its kin)."""
-    inits = [getattr(adapter_configs.get(name), "init_lora_weights", None) for name in layer.active_adapters]
-    return any(isinstance(init, str) and init.lower().startswith(SHIFTING_INITS) for init in inits)
+    configs = [adapter_configs[name] for name in layer.active_adapters if name in adapter_configs]
+    inits = [getattr(config, "init_lora_weights", None) for config in configs]
+    return any(config.peft_type.value in SHIFTING_METHODS for config in configs) or any(
+        isinstance(init, str) and init.lower().startswith(SHIFTING_INITS) for init in inits
+    )
 
 
 def _float(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -62,7 +62,9 @@ def check(
     gap = max_gap(engine, trainer)
     if gap <= tolerance:
         return gap
-    if not torch.isfinite(engine).all():
+    if not torch.isfinite(engine).all() and torch.isfinite(trainer).all() and engine_dtype == torch.float16:
+        cause = "the engine's log-probs are not finite: its activations exceed float16; set vllm_dtype=bfloat16"
+    elif not torch.isfinite(engine).all():
         cause = "the engine's log-probs are not finite, so non-finite weights reached it: lower the learning rate"
     elif previous is not None and max_gap(engine, previous) <= min(tolerance, gap / 4):
         cause = "the engine still serves the weights of the sync before: nothing of this one arrived"

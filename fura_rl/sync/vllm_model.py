@@ -42,7 +42,8 @@ class Region:
     """Part of one checkpoint tensor as it lies in one parameter of the engine, in checkpoint layout.
 
     `name[rows, columns]` (transposed where `transposed`) is the strided region of the parameter at `offset`.  A vector
-    has columns (0, 1).
+    has columns (0, 1).  Of a tensor with more dimensions (stacked experts) `rows` is the whole first one, and `ops` are
+    the slices that vLLM's loader cuts out of the tensor.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Region:
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    ops: tuple = ()
 
     @property
     def element_count(self) -> int:
@@ -185,25 +187,43 @@ class LiveModel:
         return {name: reply for name, reply in replies.items() if reply is not None}
 
     def _kernel_reply(self, name: str, spans: list[Span]) -> KernelReply | None:
-        from vllm.model_executor.layers.linear import LinearBase
-
         features = torch.cat([torch.arange(*span) for span in spans])
         output, covered = torch.zeros(audit.VECTORS, len(features)), torch.zeros(len(features))
         found = False
         for module_name in self.owners.get(name, ()):
-            module = self.modules[module_name]
-            if not isinstance(module, LinearBase):
+            kernel = self._kernel(module_name)
+            if kernel is None:
                 continue
             for region in (r for r in self.regions[module_name] if r.name == name and r.parameter == "weight"):
                 found = True
                 x = audit.probe_vectors(region.total_columns, self.device)[:, slice(*region.columns)]
-                reply = module.quant_method.apply(module, x.to(self.dtype), None)
+                reply = kernel(x.to(self.dtype))
                 first = region.offset // region.stride[0]  # output features lie in the order of the rows
                 here = (features >= region.rows[0]) & (features < region.rows[1])
                 picked = (features[here] - region.rows[0] + first).to(reply.device)
                 output[:, here] += reply[:, picked].float().cpu()
                 covered[here] += (region.columns[1] - region.columns[0]) / region.total_columns
         return KernelReply(output, covered) if found else None
+
+    def _kernel(self, module_name: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """x -> x W^T as the live module computes it; None where it is no matrix.
+
+        An embedding looks its live parameter up.  Where an output head shares it, the head answers: its kernel was
+        packed from that parameter.
+        """
+        from vllm.model_executor.layers.linear import LinearBase
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+        module = self.modules[module_name]
+        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
+            weight = module.weight
+            heads = [m for m in self.modules.values() if isinstance(m, ParallelLMHead) and m.weight is weight]
+            if not heads:
+                return lambda x: x @ weight.mT
+            module = heads[0]
+        if not isinstance(module, LinearBase | ParallelLMHead):
+            return None
+        return lambda x: module.quant_method.apply(module, x, None)
 
 
 def fill(
@@ -213,14 +233,26 @@ def fill(
     read: Callable[[str], Read],
     generator: Callable[[str], torch.Generator | None],
 ) -> None:
-    """Write one region: folded where there are factors, pristine where there are none."""
+    """Write one region: folded where there are factors, pristine where there are none.
+
+    Raises:
+        OverflowError: where the weight has outgrown float16.
+    """
     out = region.view(parameter)
-    if factors is None:
+    if region.ops:
+        source = read(region.name)(region.rows, region.columns) if factors is None else factors.tensors["weight"]
+        out.copy_(replay(region.ops, source))
+    elif factors is None:
         out.copy_(read(region.name)(region.rows, region.columns))
     elif factors.rule == "dense" and out.ndim != 2:
         out.copy_(factors.tensors["weight"][slice(*region.rows)])
     else:
         fold_slice(read(region.name), factors, region.rows, region.columns, out, generator(region.name))
+    if out.dtype == torch.float16 and not out.isfinite().all():
+        raise OverflowError(
+            f"{region.name}: the weight to serve exceeds {torch.finfo(torch.float16).max:.0f}, the largest number of "
+            "float16; serve in bfloat16 or float32 (vllm_dtype)"
+        )
 
 
 # ---- the dry run
@@ -259,11 +291,9 @@ def make_region(name: str, shape: tuple[int, ...], ops: tuple, scatter: Any) -> 
     elif len(shape) == 1:
         columns = columns.expand(shape)
     else:
-        raise NotImplementedError(f"{name} has {len(shape)} dimensions; the weight sync folds matrices and vectors")
-    for op, arguments, keywords in ops:
-        if op == "contiguous":  # it would fill the expanded index with memory
-            continue
-        rows, columns = (getattr(index, op)(*arguments, **dict(keywords)) for index in (rows, columns))
+        place = scatter.param_name, scatter.offset, scatter.shape, scatter.stride
+        return Region(name, (0, shape[0]), (0, 1), 1, False, *place, ops)
+    rows, columns = replay(ops, rows), replay(ops, columns)
     transposed = rows.ndim == 2 and rows.shape[1] > 1 and bool(rows[0, 0] != rows[0, -1])
     region = Region(
         name,
@@ -279,6 +309,14 @@ def make_region(name: str, shape: tuple[int, ...], ops: tuple, scatter: Any) -> 
     if (region.rows[1] - region.rows[0]) * (region.columns[1] - region.columns[0]) != rows.numel():
         raise NotImplementedError(f"{name}: vLLM loads a part of it that is not a rectangle")
     return region
+
+
+def replay(ops: tuple, tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` after the slicing that vLLM's loader did to the checkpoint tensor in its place."""
+    for op, arguments, keywords in ops:
+        if op != "contiguous":  # it would fill an expanded index with memory
+            tensor = getattr(tensor, op)(*arguments, **dict(keywords))
+    return tensor
 
 
 def _span(index: torch.Tensor) -> Span:
@@ -332,10 +370,21 @@ def rebuilt(module: nn.Module) -> Any:
         del module._already_called_process_weights_after_loading
     yield
     module.quant_method.process_weights_after_loading(module)
+    pack_cpu_experts(module)
     if hasattr(module, "update_param_tp_status"):
         module.update_param_tp_status()
     layerwise._copy_and_restore_kernel_tensors(module, info)
     info.reset()
+
+
+def pack_cpu_experts(module: nn.Module) -> None:
+    """Prepack experts on a CPU, which vLLM 0.31 does at the first load only: a reload of the same weights moves
+    log-probs by nats (`UnquantizedFusedMoEMethod._setup_kernel`)."""
+    from vllm.platforms import current_platform
+
+    experts = getattr(getattr(module.quant_method, "moe_kernel", None), "fused_experts", None)
+    if experts is not None and current_platform.is_cpu():
+        experts.process_weights_after_loading(module)
 
 
 def check_layout() -> None:

@@ -16,7 +16,7 @@ from fura_rl.adapters.quantized import keep_layout
 from fura_rl.sync import probe
 from fura_rl.sync.audit import KernelAudit, sample_spans, stale_modules
 from fura_rl.sync.engine import LazyFactors, Push, RolloutEngine, Update, rounding_generator
-from fura_rl.sync.factors import Factors, Read, Span, fold_slice
+from fura_rl.sync.factors import Factors, Read, Span, fold_rows, fold_slice
 from fura_rl.sync.fingerprint import Sample, base_sample
 from fura_rl.sync.fold import CheckpointWeight, checkpoint_weights
 from fura_rl.sync.fold_rules import shifts_its_base
@@ -99,6 +99,9 @@ class WeightSync:
         rounding: how folded weights are rounded to a 16-bit engine, "nearest" or "stochastic" (seeded by `seed`).
         compute_dtype: the dtype that the policy's forward runs in (its autocast dtype, where it has one).
         score: log-probs of token ids under the policy; replaced where the forward needs an autocast context.
+
+    Raises:
+        ValueError: for an unknown mode or rounding, or where the engine's dtype cannot hold the weights.
     """
 
     def __init__(
@@ -139,6 +142,8 @@ class WeightSync:
         self.version = 0
         self._previous_logprobs: torch.Tensor | None = None
         self.weights = self._current_weights()
+        if engine.dtype == torch.float16:
+            refuse_beyond_float16(self.weights.values())
         self._starts = {} if engine.reads_the_trainers_base else starts_of_shifted_bases(self.weights.values(), model)
         engine.prepare({name: weight.shape for name, weight in self.weights.items()}, self._base_samples())
 
@@ -358,12 +363,10 @@ def sampled_rows(
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """Rows `spans` of the folded weight, (features, in), one span after another, in `dtype`."""
-    parts = []
-    for span in spans:
-        out = torch.empty(span[1] - span[0], columns[1] - columns[0], dtype=dtype, device=device)
-        fold_slice(read, factors, span, columns, out, generator)
-        parts.append(out)
-    return torch.cat(parts)
+    count = sum(last - first for first, last in spans)
+    out = torch.empty(count, columns[1] - columns[0], dtype=dtype, device=device)
+    fold_rows(read, factors, spans, columns, out, generator)
+    return out
 
 
 def starts_of_shifted_bases(weights: Iterable[CheckpointWeight], model: nn.Module) -> dict[str, Factors]:
@@ -392,6 +395,23 @@ def relative_to_start(factors: Factors, start: Factors) -> Factors:
     """B A - B0 A0 as one low-rank product: the update of the checkpoint's weight."""
     up = torch.cat([factors.tensors["up"], -start.tensors["up"]], dim=1)
     return Factors("low_rank", {"up": up, "down": torch.cat([factors.tensors["down"], start.tensors["down"]])})
+
+
+def refuse_beyond_float16(weights: Iterable[CheckpointWeight]) -> None:
+    """Look before the first load: what float16 cannot hold becomes infinite in the engine, adapted or not.
+
+    Raises:
+        ValueError: naming the first such weights and their largest magnitudes.
+    """
+    limit = torch.finfo(torch.float16).max
+    largest = {w.name: float(local(w.parameter).abs().max()) for w in weights if local(w.parameter).numel()}
+    beyond = {name: size for name, size in largest.items() if size > limit}
+    if beyond:
+        shown = ", ".join(f"{name} ({size:.3g})" for name, size in list(beyond.items())[:4])
+        raise ValueError(
+            f"vllm_dtype=float16 holds numbers up to {limit:.0f}, and {len(beyond)} weights are larger: {shown}; serve "
+            "in bfloat16 or float32"
+        )
 
 
 def refuse_non_finite(weights: Iterable[CheckpointWeight]) -> None:

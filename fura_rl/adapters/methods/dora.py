@@ -7,7 +7,11 @@ from fura_rl.adapters.methods.method import AdapterMethod
 
 METHOD = AdapterMethod(
     config_class=LoraConfig,
-    settings=lambda model_args: lora.settings(model_args) | {"use_dora": True},
-    paper_learning_rate=9e-5,
-    summary="low-rank direction, magnitude trained apart",
+    summary="low-rank direction, and the magnitude of each output",
+    paper="arXiv 2402.09353",
+    paper_learning_rate=2e-4,
+    rate_of="its paper (LLaMA-7B, commonsense)",
+    limits="direction of rank r only; every forward forms the whole weight's norm, so steps are slower",
+    settings=lora.settings_with(use_dora=True),
+    capacity="r",
 )

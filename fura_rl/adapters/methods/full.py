@@ -4,7 +4,8 @@ from fura_rl.adapters.methods.method import AdapterMethod
 
 METHOD = AdapterMethod(
     config_class=None,
-    settings=lambda model_args: {},
+    summary="every weight",
+    paper="-",
     paper_learning_rate=1e-5,
-    summary="every weight trained",
+    limits="no adapter to switch off: with beta > 0 TRL keeps a second copy of the model; no quantized base",
 )

@@ -5,7 +5,9 @@ from fura_rl.adapters.methods.method import AdapterMethod
 
 METHOD = AdapterMethod(
     config_class=FuraConfig,
-    settings=lambda model_args: {},
+    summary="block-wise SVD: small cores and singular values",
+    paper="arXiv 2605.22869",
     paper_learning_rate=9e-5,
-    summary="block-wise SVD, small core and singular values trained",
+    limits="linear layers only; the budget moves in the steps of the block sizes that divide a layer",
+    quantized_base=True,
 )

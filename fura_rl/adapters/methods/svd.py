@@ -5,7 +5,10 @@ from fura_rl.adapters.methods.method import AdapterMethod
 
 METHOD = AdapterMethod(
     config_class=FuraConfig,
-    settings=lambda model_args: {"block_size": "full"},
+    summary="one SVD a weight: right singular vectors and singular values",
+    paper="arXiv 2605.22869",
     paper_learning_rate=9e-5,
-    summary="one SVD per weight, right singular vectors and singular values trained",
+    limits="as many parameters as a square weight has: no saving, no budget to match",
+    settings=lambda model_args: {"block_size": "full"},
+    quantized_base=True,
 )

@@ -1,5 +1,13 @@
 """MATH-500: 500 problems of MATH's test split (Lightman et al. 2023, arXiv 2305.20050)."""
 
-from fura_rl.evaluation.benchmarks.benchmark import Benchmark
+from fura_rl.evaluation.benchmarks.benchmark import GREEDY_CONVENTION, GREEDY_ONLY, Benchmark
 
-BENCHMARK = Benchmark(dataset_name="HuggingFaceH4/MATH-500", prompt_column="problem", answer_column="answer", size=500)
+BENCHMARK = Benchmark(
+    dataset_name="HuggingFaceH4/MATH-500",
+    prompt_column="problem",
+    answer_column="answer",
+    group_columns=("level", "subject"),
+    size=500,
+    sampling=GREEDY_ONLY,
+    convention=GREEDY_CONVENTION,
+)

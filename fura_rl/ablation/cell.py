@@ -1,0 +1,80 @@
+"""One cell of an ablation in a process of its own: train (or go on from a checkpoint), score, leave the figures.
+
+    python -m fura_rl.ablation.cell FOLDER
+
+FOLDER holds `cell.json` with the training options and the scoring; `result.json` appears when all is done.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+CELL, RESULT = "cell.json", "result.json"
+
+
+def main(folder: Path) -> int:
+    from fura_rl.config import parse_arguments
+    from fura_rl.report import write_json
+    from fura_rl.run import die_with_parent, last_checkpoint, prepare_run, summarize, train
+
+    die_with_parent(launched=True)
+    request = json.loads((folder / CELL).read_text())
+    arguments = parse_arguments(request["options"])
+    arguments.training.resume_from_checkpoint = last_checkpoint(Path(arguments.training.output_dir))
+    run = prepare_run(arguments)
+    train(run)
+    if run.interrupt.received is not None:
+        return 128 + run.interrupt.received
+    summary, reports = summarize(run, None), list(run.trainer.sync_reports)  # before scoring syncs once more
+    scores = {split: score(run, folder, split, request["scoring"]) for split in ("validation", "test")}
+    history = [entry for entry in run.trainer.state.log_history if "reward" in entry]
+    result = {
+        "trained_parameters": summary.trained_parameters,
+        "steps": summary.steps,
+        "steps_timed": len(reports),  # fewer than steps where the run went on from a checkpoint
+        "phase_seconds": summary.phase_seconds,
+        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "payload_bytes": reports[-1].payload_bytes if reports else None,
+        "rewards": summary.rewards,
+        "lengths": [entry.get("completions/mean_length") for entry in history],
+        "probe_max_gap": max((report.probe_max_gap or 0.0 for report in reports), default=None),
+        "scores": scores,
+    }
+    write_json(folder / RESULT, result)
+    return 0
+
+
+def score(run: Any, folder: Path, split: str, scoring: dict[str, Any]) -> dict[str, Any]:
+    """Every sample of a split to FOLDER/SPLIT, on the live engine, freshly synced; its summary."""
+    from fura_rl.evaluation.benchmarks import find_benchmark
+    from fura_rl.evaluation.pass_at_k import plan_batches, plan_passes, sample_all
+    from fura_rl.evaluation.pass_at_k import score as summarize_folder
+    from fura_rl.evaluation.problems import content_hash, load_problems
+    from fura_rl.evaluation.run_folder import RunFolder
+    from fura_rl.report import environment
+
+    benchmark = find_benchmark(scoring[split])
+    problems = load_problems(benchmark, run.tokenizer, max_problems=scoring["max_problems"])
+    training = run.arguments.training
+    passes = plan_passes(
+        benchmark, n=scoring["num_samples"], max_tokens=training.max_completion_length, seed=training.seed
+    )
+    settings = {
+        "benchmark": scoring[split],
+        "problems": len(problems),
+        "content_hash": content_hash(problems),
+        "passes": {name: {"n": sampling.n} for name, sampling in passes.items()},
+        "ks": scoring["k"],
+    }
+    run.trainer.sync_weights()
+    target = RunFolder.open(folder / split, settings, environment())
+    sample_all(run.trainer.vllm_generation.llm, run.tokenizer, problems, plan_batches(len(problems), passes), target)
+    return summarize_folder(target, problems, scoring["k"])
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

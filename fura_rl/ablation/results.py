@@ -1,0 +1,134 @@
+"""From the raw files of an ablation to its table: the learning rate of each entry, scores on the test split, costs."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fura_rl.ablation.cell import RESULT
+from fura_rl.ablation.spec import Cell, Spec, cells
+from fura_rl.ablation.sweep import FAILED
+from fura_rl.evaluation.estimators import bootstrap
+from fura_rl.evaluation.run_folder import RunFolder
+from fura_rl.evaluation.scores import Values, problem_values
+
+Interval = dict[str, float]  # mean, low, high
+
+
+@dataclass(frozen=True)
+class Line:
+    """One entry at its chosen learning rate.
+
+    `scores` and `differences` (to the baseline) hold measure -> mean and 95% interval over test problems, each
+    problem's value being its mean over seeds; `seed_deviation` is the standard deviation over seeds of a measure.
+    """
+
+    label: str
+    learning_rate: float
+    seeds: int
+    scores: dict[str, Interval]
+    differences: dict[str, Interval]
+    seed_deviation: dict[str, float]
+    trained_parameters: int
+    peak_memory_gib: float
+    phase_seconds_per_step: dict[str, float]
+    payload_bytes: int
+    validation: dict[str, float]  # learning rate -> mean of the choosing measure on the validation split
+    at_edge: bool  # the chosen rate is the smallest or largest tried
+    rewards: list[list[float]] = field(repr=False, default_factory=list)  # per seed, per step
+
+
+@dataclass(frozen=True)
+class Results:
+    lines: list[Line]
+    failed: dict[str, str]  # cell -> the end of its log
+    unfinished: list[str]
+    measures: list[str]
+
+
+def collect(spec: Spec, output: Path) -> Results:
+    """The table of what has been run so far; an entry without one finished learning rate is left to `unfinished`.
+
+    Only learning rates at which every seed finished take part, so that no rate wins by a lucky seed.
+    """
+    every = cells(spec)
+    raw = {cell: json.loads(file.read_text()) for cell in every if (file := output / cell.name / RESULT).is_file()}
+    failures = {cell.name: output / cell.name / FAILED for cell in every if cell not in raw}
+    failed = {name: file.read_text() for name, file in failures.items() if file.is_file()}
+    chosen: dict[str, list[Cell]] = {}
+    validation: dict[str, dict[str, float]] = {}
+    for entry in spec.adapters:
+        whole = {}
+        for rate in spec.rates_of(entry):
+            group = [cell for cell in every if (cell.label, cell.learning_rate) == (entry.label, rate)]
+            if all(cell in raw for cell in group):
+                whole[rate] = group
+        if whole:
+            means = {rate: validation_score([raw[cell] for cell in group], spec) for rate, group in whole.items()}
+            validation[entry.label] = {f"{rate:g}": mean for rate, mean in means.items()}
+            chosen[entry.label] = whole[max(means, key=means.__getitem__)]
+    values = {label: [test_values(output, cell, spec) for cell in group] for label, group in chosen.items()}
+    baseline = mean_over_seeds(values[spec.baseline]) if spec.baseline in values else None
+    lines = [
+        make_line(spec, group, [raw[cell] for cell in group], values[label], baseline, validation[label])
+        for label, group in chosen.items()
+    ]
+    unfinished = [cell.name for cell in every if cell not in raw and cell.name not in failed]
+    measures = list(next(iter(values.values()))[0]) if values else []
+    return Results(lines, failed, unfinished, measures)
+
+
+def validation_score(group: Sequence[dict[str, Any]], spec: Spec) -> float:
+    return statistics.fmean(result["scores"]["validation"]["scores"][spec.scoring.measure]["mean"] for result in group)
+
+
+def test_values(output: Path, cell: Cell, spec: Spec) -> Values:
+    return problem_values(RunFolder(output / cell.name / "test").samples(), spec.scoring.k)
+
+
+def mean_over_seeds(values: Sequence[Values]) -> Values:
+    """Each problem's mean over seeds: what is left to resample are problems."""
+    return {
+        measure: [statistics.fmean(column) for column in zip(*(seed[measure] for seed in values), strict=True)]
+        for measure in values[0]
+    }
+
+
+def make_line(
+    spec: Spec, group: Sequence[Cell], raw: Sequence[dict[str, Any]], values: Sequence[Values],
+    baseline: Values | None, validation: dict[str, float],
+) -> Line:  # fmt: skip
+    means, first = mean_over_seeds(values), group[0]
+    [entry] = [entry for entry in spec.adapters if entry.label == first.label]
+    rates = spec.rates_of(entry)
+    differences = {}
+    if baseline is not None and first.label != spec.baseline:
+        differences = {
+            measure: asdict(bootstrap([b - a for a, b in zip(baseline[measure], column, strict=True)]))
+            for measure, column in means.items()
+        }
+    steps = sum(result["steps_timed"] for result in raw)
+    phases = {name: sum(r["phase_seconds"][name] for r in raw) / max(1, steps) for name in raw[0]["phase_seconds"]}
+    return Line(
+        label=first.label,
+        learning_rate=first.learning_rate,
+        seeds=len(group),
+        scores={measure: asdict(bootstrap(column)) for measure, column in means.items()},
+        differences=differences,
+        seed_deviation={m: deviation([statistics.fmean(seed[m]) for seed in values]) for m in means},
+        trained_parameters=raw[0]["trained_parameters"],
+        peak_memory_gib=max(result["peak_memory_gib"] for result in raw),
+        phase_seconds_per_step=phases,
+        payload_bytes=raw[0]["payload_bytes"] or 0,
+        validation=validation,
+        at_edge=len(rates) > 1 and first.learning_rate in (min(rates), max(rates)),
+        rewards=[result["rewards"] for result in raw],
+    )
+
+
+def deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0

@@ -1,0 +1,71 @@
+"""y = W (x + D x) + bias for a frozen dense W on a CPU, in which no large buffer is made that the frozen map would not.
+
+A buffer beyond the allocator's reach costs a CPU more than the product written to it: its pages are mapped and cleared
+at every step.  So for a large x the forward moves the weight where that is smaller, else x in parts, and the backward
+always moves the gradient inside the buffer it came in.  The same function as `add_update` followed by the base layer,
+which serves every other device, base layer and mode.  Shapes as in blocks.py: x (..., in), D (n, b, b), W (out, in).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+from fura_rl.adapters.blocks import move, move_parts, token_products
+
+LARGE_BYTES = 32 * 2**20  # glibc maps a buffer of this size afresh each time (M_MMAP_THRESHOLD's upper limit)
+PART_BYTES = 16 * 2**20  # of a large x moved before its product: few parts, since each packs the weight again
+
+
+def takes(layer: nn.Module, x: torch.Tensor) -> bool:
+    """Whether `layer` is a plain frozen linear map on the CPU that computes in the dtype of x.
+
+    Hooks (offloading, sharding) and tensor subclasses mean that its weight is not simply there to be multiplied.
+    """
+    if type(layer) is not nn.Linear or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    tensors = [t for t in (layer.weight, layer.bias) if t is not None]
+    plain = all(type(t) is nn.Parameter and t.dtype == x.dtype and t.device == x.device for t in tensors)
+    return plain and not hooked and not any(t.requires_grad for t in tensors)
+
+
+def moved_linear(x: torch.Tensor, update: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+    """W (x + D x) + bias, in the dtype of x; the layer's own output, bit for bit, where D is 0."""
+    return _MovedLinear.apply(x, update.to(x.dtype), layer.weight, layer.bias)
+
+
+class _MovedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, update, weight)
+        if not (update[0].any() or update.any()):  # the start: no arithmetic that could round
+            return linear(x, weight, bias)
+        if x.nbytes < LARGE_BYTES:
+            return linear(move(x, update.mT), weight, bias)
+        tokens = x.numel() // x.shape[-1]
+        if tokens > weight.shape[0] and x.dtype.itemsize >= 4:  # in 16 bits the moved weight would lose a small D
+            return linear(x, move(weight, update), bias)
+        y = x.new_empty(tokens, weight.shape[0])
+        size = max(1, PART_BYTES // (x.shape[-1] * x.itemsize))
+        for part, result in zip(x.reshape(tokens, -1).split(size), y.split(size), strict=True):
+            torch.mm(move(part, update.mT), weight.t(), out=result)
+        return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        x, update, weight = ctx.saved_tensors
+        n, b, _ = update.shape
+        moved_grad = grad.reshape(-1, grad.shape[-1]) @ weight  # of x + D x
+        grad_update = token_products(moved_grad, x, n, b) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, grad_update, None, None
+        move_parts(moved_grad, update, result=moved_grad)
+        return moved_grad.view(x.shape), grad_update, None, None

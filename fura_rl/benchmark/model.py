@@ -1,0 +1,72 @@
+"""Conversion of whole models: one for real with its peak, every size by arithmetic on the meta device."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from fura_rl.adapters import blocks, frames
+from fura_rl.adapters.fura_config import FuraConfig
+from fura_rl.adapters.fura_tuner import PAPER_TARGETS
+from fura_rl.benchmark import measure
+from fura_rl.benchmark.measure import Settings
+from fura_rl.benchmark.models import layer_shapes, random_model
+
+
+def run(settings: Settings) -> list[dict[str, Any]]:
+    """One row per size: bytes of weights and adapter, the largest peak of converting one layer, and their sum.
+
+    `convert_s` and `beyond_gb`, the peak beyond the model before, are measured on the whole of `settings.model` and
+    "not run" for the others.
+    """
+    sizes = dict.fromkeys([settings.model, *settings.sizes])
+    return [describe(settings, size) for size in settings.budget.units("model", sizes)]
+
+
+def describe(settings: Settings, size: str) -> dict[str, Any]:
+    policy = adapted(random_model(size, torch.device("meta"), torch.bfloat16))
+    trained = sum(p.nbytes for p in policy.parameters() if p.requires_grad)
+    weights = sum(p.nbytes for p in policy.parameters()) - trained
+    basis = sum(b.nbytes for name, b in policy.named_buffers() if "fura_core" in name)
+    layer_peak = max(conversion_peak(settings, shape) for shape in layer_shapes(size))
+    measured = (
+        convert_for_real(settings) if size == settings.model else {"convert_s": "not run", "beyond_gb": "not run"}
+    )
+    return {
+        "model": size,
+        "weights_gb": weights / 1e9,
+        "adapter_gb": (trained + basis) / 1e9,
+        "layer_peak_gb": layer_peak / 1e9,
+        "sum_gb": (weights + trained + basis + layer_peak) / 1e9,
+        **measured,
+    }
+
+
+def adapted(model: nn.Module) -> nn.Module:
+    return get_peft_model(model, FuraConfig(target_modules=PAPER_TARGETS))
+
+
+def conversion_peak(settings: Settings, shape: tuple[int, int]) -> int:
+    out_features, in_features = shape
+    weight = torch.randn(out_features, in_features, device=settings.device).to(torch.bfloat16)
+    size = blocks.default_block_size(in_features, out_features)
+    return measure.peak_process_bytes(lambda: frames.svd_frame(weight, size), settings.device)
+
+
+def convert_for_real(settings: Settings) -> dict[str, float]:
+    model = random_model(settings.model, settings.device, torch.bfloat16)
+    seconds = []
+
+    def convert() -> nn.Module:
+        started = time.perf_counter()
+        policy = adapted(model)
+        measure.synchronize(settings.device)
+        seconds.append(time.perf_counter() - started)
+        return policy
+
+    beyond = measure.peak_process_bytes(convert, settings.device)
+    return {"convert_s": seconds[0], "beyond_gb": beyond / 1e9}

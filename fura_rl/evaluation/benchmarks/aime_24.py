@@ -1,0 +1,14 @@
+"""AIME 2024: both papers of the American Invitational Mathematics Examination, answers from 0 to 999."""
+
+from fura_rl.evaluation.benchmarks.benchmark import AVG_AT_8, AVG_CONVENTION, Benchmark
+
+BENCHMARK = Benchmark(
+    dataset_name="HuggingFaceH4/aime_2024",
+    split="train",
+    prompt_column="problem",
+    answer_column="answer",
+    size=30,
+    greedy=False,
+    sampling=AVG_AT_8,
+    convention=AVG_CONVENTION,
+)

@@ -1,0 +1,13 @@
+"""AIME 2025: both papers of the American Invitational Mathematics Examination, answers from 0 to 999."""
+
+from fura_rl.evaluation.benchmarks.benchmark import AVG_AT_8, AVG_CONVENTION, Benchmark
+
+BENCHMARK = Benchmark(
+    dataset_name="math-ai/aime25",
+    prompt_column="problem",
+    answer_column="answer",
+    size=30,
+    greedy=False,
+    sampling=AVG_AT_8,
+    convention=AVG_CONVENTION,
+)

@@ -1,0 +1,68 @@
+"""The sync of a mixture of experts; run by test_sync_models.py in a process of its own."""
+
+import pytest
+import torch
+from conftest import PARITY_NATS, perturb_trained
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from trl import ModelConfig
+from vllm import LLM
+
+from fura_rl.adapters.registry import peft_config_for
+from fura_rl.quickstart import BASE_MODEL
+from fura_rl.sync.vllm_engine import InProcessEngine
+from fura_rl.sync.weight_sync import WeightSync
+
+PROBE = list(range(5, 45))
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def adapted(folder, adapter):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = adapter if isinstance(adapter, LoraConfig) else peft_config_for(adapter, ModelConfig(), ATTENTION, None)
+    return model if config is None else get_peft_model(model, config)
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory):
+    """Two layers of eight experts; transformers holds them stacked, the checkpoint one by one."""
+    folder = tmp_path_factory.mktemp("moe")
+    tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)
+    tokenizer.save_pretrained(folder)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, moe_intermediate_size=64,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32, num_experts=8,
+        num_experts_per_tok=2, tie_word_embeddings=False, max_position_embeddings=256,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "embed" not in name:
+                parameter.mul_(4.0)
+    model.save_pretrained(folder)
+    llm = LLM(
+        str(folder), dtype="float32", enforce_eager=True, kv_cache_memory_bytes=64 * 2**20, max_model_len=128,
+        disable_log_stats=True,
+    )  # fmt: skip
+    return InProcessEngine(llm), folder
+
+
+EXPERT_LORA = LoraConfig(
+    task_type="CAUSAL_LM", r=4, target_modules=["q_proj"],
+    target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("adapter", ["fura", "lora", EXPERT_LORA, "full"], ids=["fura", "lora", "lora experts", "full"])
+def test_a_mixture_of_experts_follows_its_policy(moe, adapter):
+    engine, folder = moe
+    policy = adapted(folder, adapter)
+    sync = WeightSync(policy, engine, PROBE, probe_every=1)
+    sync.sync(everything=True)  # the engine is shared between tests
+    start_logprobs = engine.prompt_logprobs(PROBE)
+    for step in range(3):
+        perturb_trained(policy, 0.1, seed=step)
+        assert sync.sync().probe_max_gap < PARITY_NATS
+    moved = (engine.prompt_logprobs(PROBE) - start_logprobs).abs().max()
+    assert moved > 100 * PARITY_NATS, "it must move"

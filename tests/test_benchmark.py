@@ -1,0 +1,102 @@
+"""How the benchmarks measure: budget, peaks, sums; and that they need no more than the packages they name."""
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import REPOSITORY
+
+from fura_rl.benchmark import BENCHMARKS, SHARES, measure
+from fura_rl.benchmark.budget import Budget
+from fura_rl.benchmark.convert import decoder_layer
+from fura_rl.benchmark.models import projection_shapes
+
+CPU = torch.device("cpu")
+
+
+def test_units_that_no_longer_fit_are_named_and_the_next_benchmark_has_what_is_left(capsys):
+    now = [0.0]
+
+    class Clocked(Budget):
+        def elapsed(self):
+            return now[0]
+
+    budget = Clocked(seconds=100)
+    begun = []
+
+    def spend(benchmark, share, units):
+        budget.open(share)
+        for unit, seconds in budget.units(benchmark, units):
+            begun.append((benchmark, unit))
+            now[0] += seconds
+
+    spend("layer", 0.4, [("a", 10), ("b", 25), ("c", 10)])  # after b at 35 s a unit may last 25 s: c does not fit
+    spend("fold", 0.7, [("d", 30)])
+    assert begun == [("layer", "a"), ("layer", "b"), ("fold", "d")]
+    assert budget.skipped == ["layer ('c', 10)"]
+    assert "layer: skipped ('c', 10), the time budget of 100 s has no room" in capsys.readouterr().out
+    spend("step", 1.0, [("e", 35), ("f", 1)])
+    assert now[0] == 100
+    assert budget.skipped[-1] == "step ('f', 1)"
+
+
+def test_every_benchmark_has_a_share_and_the_last_ends_the_budget():
+    assert list(SHARES) == list(BENCHMARKS)
+    assert list(SHARES.values()) == sorted(SHARES.values())
+    assert list(SHARES.values())[-1] == 1.0
+
+
+def test_peaks_are_what_a_call_holds_at_once_in_whatever_thread():
+    size = 64 * 2**20
+
+    def hold_two():
+        tensors = [torch.ones(size, dtype=torch.uint8) for _ in range(2)]
+        del tensors
+        torch.ones(size, dtype=torch.uint8)
+
+    def in_a_thread():
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(hold_two).result()
+
+    assert measure.peak_bytes(hold_two, CPU) == pytest.approx(2 * size, rel=0.05)
+    for call in (hold_two, in_a_thread, in_a_thread):
+        assert measure.peak_process_bytes(call, CPU) == pytest.approx(2 * size, rel=0.1)
+
+
+def test_a_decoder_layer_is_the_sum_over_its_seven_projections():
+    rows = [
+        {"shape": f"{i}->{o}", "blocks": "", "method": method, "convert_ms": scale * i * o, "peak_mb": float(i)}
+        for o, i in dict.fromkeys(projection_shapes("tiny"))
+        for method, scale in (("fura", 1.0), ("svd per block", 5.0))
+    ]
+    numbers = 64 * 64 * 2 + 64 * 32 * 2 + 64 * 128 * 3
+    ours, theirs = decoder_layer("tiny", rows)
+    assert ours["convert_ms"] == numbers
+    assert theirs["fura_speedup"] == 5.0
+    assert ours["peak_mb"] == 128.0
+    assert decoder_layer("tiny", rows[2:]) == []
+
+
+@pytest.mark.slow
+def test_the_report_needs_only_the_packages_it_names(tmp_path):
+    """Everything else is blocked; what needs it is skipped with a line, and the run still ends well."""
+    blocked = ["trl", "vllm", "datasets", "math_verify", "rich", "psutil", "bitsandbytes", "matplotlib", "scipy"]
+    program = (
+        f"import sys; sys.modules.update(dict.fromkeys({blocked!r}))\n"
+        "import importlib.util; find = importlib.util.find_spec\n"
+        f"importlib.util.find_spec = lambda name, *rest: None if name in {blocked!r} else find(name, *rest)\n"
+        "import runpy; runpy.run_path('launch/benchmark.py', run_name='__main__')"
+    )
+    options = ["all", "--device", "cpu", "--sizes", "tiny", "--tokens", "16", "--repeats", "3", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *options], capture_output=True, text=True, timeout=600, cwd=REPOSITORY
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    saved = json.loads((tmp_path / "benchmark.json").read_text())
+    assert set(saved["results"]) == set(BENCHMARKS) - {"quantize", "sync"}
+    assert "quantize: skipped" in done.stdout
+    assert "sync: skipped, vllm is not installed" in done.stdout
+    assert len(saved["machine"]["skipped"]) == 2

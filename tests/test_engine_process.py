@@ -1,0 +1,98 @@
+"""Factored sync into engines in other processes: one worker, and two that share every layer (tensor parallelism)."""
+
+import os
+
+import pytest
+import torch
+from conftest import make_tiny_checkpoint, perturb_trained
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+from trl import ModelConfig
+
+from fura_rl.adapters.registry import peft_config_for
+from fura_rl.sync.remote_engine import RemoteEngine, RemoteSyncError
+from fura_rl.sync.weight_sync import WeightSync
+
+pytestmark = pytest.mark.slow
+PROBE = list(range(5, 45))
+PARITY = 1e-5
+CASES = {
+    "fura": ("fura", None, None),
+    "fura, one block across both shards": ("fura", {"block_size": "full"}, None),
+    "fura, row blocks": ("fura", {"block_axis": "out"}, None),
+    "fura, unadapted siblings": ("fura", None, ["q_proj", "up_proj"]),
+    "fura, core form": ("fura", {"form": "core"}, None),
+    "lora": ("lora", None, None),
+    "dora": ("dora", None, None),
+    "pissa": ("lora", {"init_lora_weights": "pissa"}, None),
+    "milora": ("milora", None, None),
+    "full": ("full", None, None),
+}
+
+
+@pytest.fixture(scope="module", params=[("tied", 1), ("untied", 2)], ids=["one worker", "two workers"])
+def engine_process(request, tmp_path_factory):
+    from vllm import LLM
+
+    from fura_rl.sync.vllm_engine import ProcessTransport, factored_sync_settings
+
+    kind, workers = request.param
+    if workers > (os.cpu_count() or 1):
+        pytest.skip(f"{workers} workers need as many cores")
+    folder = make_tiny_checkpoint(tmp_path_factory.mktemp(kind), tied=kind == "tied")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        if workers > 1:  # vLLM wants a memory node for each worker, or their cores by hand
+            patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, range(workers))))
+        llm = LLM(
+            str(folder), dtype="float32", enforce_eager=True, kv_cache_memory_bytes=64 * 2**20, max_model_len=128,
+            disable_log_stats=True, tensor_parallel_size=workers, **factored_sync_settings(),
+        )  # fmt: skip
+    yield ProcessTransport(llm), folder
+    llm.llm_engine.engine_core.shutdown()
+
+
+def make_policy(folder, case):
+    adapter, adapter_kwargs, targets = CASES[case]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = peft_config_for(adapter, ModelConfig(), targets, adapter_kwargs)
+    return model if config is None else get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_method_arrives_whole_in_every_worker(engine_process, case):
+    transport, folder = engine_process
+    engine = RemoteEngine(transport)
+    policy = make_policy(folder, case)
+    sync = WeightSync(policy, engine, PROBE, probe_every=1)
+    for step in range(3):
+        perturb_trained(policy, 0.1, seed=step)
+        report = sync.sync()
+        assert report.probe_max_gap < PARITY
+        assert step == 0 or report.audit_gain_min == pytest.approx(1.0, abs=0.01)
+        assert engine.serves_last()
+    if case == "fura":
+        assert report.payload_bytes < 0.15 * report.dense_bytes
+    engine.close()
+
+
+def test_a_policy_of_another_base_is_refused(engine_process, tmp_path):
+    transport, _ = engine_process
+    other = make_tiny_checkpoint(tmp_path / "other", tied=True, hidden_size=128)
+    with pytest.raises(RemoteSyncError, match="another base model"):
+        WeightSync(make_policy(other, "fura"), RemoteEngine(transport), PROBE)
+
+
+def test_one_worker_left_behind_is_named_by_the_audit(engine_process, monkeypatch):
+    """The second sync is acknowledged and dropped: what the audit finds in the kernels is the version before."""
+    transport, folder = engine_process
+    engine = RemoteEngine(transport)
+    policy = make_policy(folder, "fura")
+    sync = WeightSync(policy, engine, PROBE, probe_every=100)
+    sync.sync()
+    perturb_trained(policy, 0.1, seed=0)
+    monkeypatch.setattr(engine, "_deliver", lambda message: {"stage": 0.0, "commit": 0.0})
+    with pytest.raises(RuntimeError, match=r"14 of 14 modules .*nothing of this sync arrived"):
+        sync.sync()
+    monkeypatch.undo()
+    engine.close()

@@ -1,0 +1,234 @@
+"""An engine's side of a sync, on a live vLLM model: what is refused before a weight is touched, and what is undone."""
+
+import time
+import zlib
+
+import pytest
+import torch
+from conftest import make_tiny_checkpoint, perturb_trained
+from peft import get_peft_model
+from safetensors.torch import save
+from transformers import AutoModelForCausalLM
+from trl import ModelConfig
+
+from fura_rl.adapters.registry import peft_config_for
+from fura_rl.sync import payload
+from fura_rl.sync.base_weights import BaseWeights
+from fura_rl.sync.factors import Factors
+from fura_rl.sync.fingerprint import base_sample
+from fura_rl.sync.fold import checkpoint_weights
+from fura_rl.sync.payload import PayloadError
+from fura_rl.sync.payload_source import offered, payload_folder, read_payload
+from fura_rl.sync.receiver import OwnershipError, Receiver
+
+PROBE = list(range(5, 45))
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    from vllm import LLM
+
+    from fura_rl.sync.vllm_engine import InProcessEngine
+
+    folder = make_tiny_checkpoint(tmp_path_factory.mktemp("base"), tied=True)
+    llm = LLM(
+        str(folder), dtype="float32", enforce_eager=True, kv_cache_memory_bytes=64 * 2**20, max_model_len=128,
+        disable_log_stats=True,
+    )  # fmt: skip
+    return InProcessEngine(llm), folder
+
+
+class Trainer:
+    """A FuRA policy that packs its weights, and a receiver in the worker's place."""
+
+    def __init__(self, engine, folder, owner="trainer"):
+        self.engine, self.owner = engine, owner
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.policy = get_peft_model(model, peft_config_for("fura", ModelConfig(), None, None))
+        self.receiver = Receiver(engine.model, BaseWeights(str(folder), None, torch.device("cpu")))
+
+    @property
+    def weights(self):
+        return {w.name: w for w in checkpoint_weights(self.policy)}
+
+    def claim(self, owner=None, lease_seconds=30.0, change=0.0):
+        shapes = {name: w.shape for name, w in self.weights.items()}
+        samples = {
+            name: [(r, c, v + change) for r, c, v in base_sample(w.read(), (0, w.shape[0]), w.shape[1])]
+            for name, w in self.weights.items()
+            if w.layer is not None
+        }
+        self.receiver.claim(owner or self.owner, lease_seconds, shapes, samples)
+
+    def factors(self):
+        return {name: w.factors() for name, w in self.weights.items() if w.trained}
+
+    def chunks(self, factors=None):
+        return list(payload.encode(self.factors() if factors is None else factors, torch.float32))
+
+    def stage(self, version, chunks, previous=None, owner=None, count=None):
+        previous = self.receiver.version if previous is None else previous
+        for index, chunk in enumerate(chunks):
+            self.receiver.stage(
+                owner or self.owner, version, previous, index, count or len(chunks), chunk.data, chunk.crc32
+            )
+
+    def logprobs(self):
+        self.engine.llm.reset_prefix_cache()
+        return self.engine.prompt_logprobs(PROBE)
+
+
+@pytest.fixture
+def trainer(engine):
+    trainer = Trainer(*engine)
+    trainer.claim()
+    trainer.stage(1, trainer.chunks())
+    trainer.receiver.commit("trainer", 1)  # the base model's weights, whatever the test before left
+    perturb_trained(trainer.policy, 0.2, seed=0)
+    return trainer
+
+
+@torch.no_grad()
+def expected(policy):
+    ids = torch.tensor([PROBE])
+    logits = policy.eval()(input_ids=ids).logits[0, :-1]
+    return logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+
+
+def test_a_committed_version_is_what_the_engine_serves_and_staging_alone_changes_nothing(trainer):
+    before = trainer.logprobs()
+    trainer.stage(2, trainer.chunks())
+    assert torch.equal(trainer.logprobs(), before)
+    trainer.receiver.commit("trainer", 2)
+    assert (trainer.logprobs() - expected(trainer.policy)).abs().max() < 1e-5
+    assert trainer.receiver.status()["version"] == 2
+
+
+def test_a_commit_is_idempotent_and_starts_from_the_pristine_base(trainer):
+    for version in (2, 3, 3):
+        trainer.stage(version, trainer.chunks())
+        trainer.receiver.commit("trainer", version)
+        assert (trainer.logprobs() - expected(trainer.policy)).abs().max() < 1e-5
+
+
+NAN = "model.layers.0.mlp.up_proj.weight"
+
+
+def with_nan(factors):
+    return factors | {NAN: Factors("block_columns", {"update": factors[NAN].tensors["update"] * float("nan")})}
+
+
+def misshapen(factors):
+    return factors | {NAN: Factors("block_columns", {"update": torch.zeros(3, 5, 5)})}
+
+
+def unknown(factors):
+    return factors | {"model.layers.9.mlp.up_proj.weight": Factors("block_columns", {"update": torch.zeros(8, 8, 8)})}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (with_nan, r"up_proj\.weight: update is not finite"),
+        (misshapen, r"up_proj\.weight: update is \(3, 5, 5\), which does not fit a weight of \(96, 64\)"),
+        (unknown, r"layers\.9\.mlp\.up_proj\.weight: not one of the policy's tensors"),
+    ],
+)
+def test_a_bad_payload_is_refused_by_name_with_the_live_weights_untouched(trainer, spoil, message):
+    before = trainer.logprobs()
+    trainer.stage(2, trainer.chunks(spoil(trainer.factors())))
+    with pytest.raises(PayloadError, match=message):
+        trainer.receiver.commit("trainer", 2)
+    assert torch.equal(trainer.logprobs(), before)
+    assert trainer.receiver.version == 1
+
+
+def test_damage_gaps_and_wrong_order_are_refused(trainer):
+    [chunk] = trainer.chunks()
+    damaged = payload.Chunk(chunk.data[:-1] + b"\x01", chunk.crc32)
+    with pytest.raises(PayloadError, match="checksum differs"):
+        trainer.stage(2, [damaged])
+    trainer.stage(2, [chunk], count=2)
+    with pytest.raises(PayloadError, match="1 of 2 chunks did not arrive"):
+        trainer.receiver.commit("trainer", 2)
+    with pytest.raises(PayloadError, match="made to follow version 7, but this engine serves 1"):
+        trainer.stage(8, [chunk], previous=7)
+    with pytest.raises(PayloadError, match="version 9 was never staged"):
+        trainer.receiver.commit("trainer", 9)
+
+
+def test_an_entry_that_no_rule_knows_is_refused():
+    data = save({"model.norm.weight|exec|code": torch.zeros(2)})
+    with pytest.raises(PayloadError, match="no fold rule"):
+        payload.decode(data, zlib.crc32(data))
+
+
+def test_a_second_trainer_is_refused_until_the_lease_ends(trainer):
+    trainer.claim(lease_seconds=0.2)
+    with pytest.raises(OwnershipError, match="belongs to trainer trainer, whose lease runs"):
+        trainer.claim(owner="other")
+    with pytest.raises(OwnershipError):
+        trainer.stage(2, trainer.chunks(), owner="other")
+    time.sleep(0.25)
+    trainer.claim(owner="other")
+    with pytest.raises(OwnershipError, match="belongs to trainer other"):
+        trainer.receiver.commit("trainer", 2)
+    trainer.receiver.release("other")
+    trainer.claim()
+
+
+def test_another_base_model_is_refused_by_name(trainer):
+    with pytest.raises(ValueError, match=r"another base model .*14 of 14 base weights differ.*q_proj\.weight"):
+        trainer.claim(change=0.5)
+
+
+def test_a_commit_that_fails_half_way_is_undone(trainer, monkeypatch):
+    trainer.stage(2, trainer.chunks())
+    trainer.receiver.commit("trainer", 2)
+    before = trainer.logprobs()
+    perturb_trained(trainer.policy, 0.2, seed=1)
+    trainer.stage(3, trainer.chunks())
+    write, model, failures = trainer.engine.model._write_module, trainer.engine.model, []
+
+    def fail_once(module, *args):
+        if module.startswith("model.layers.1") and not failures:
+            failures.append(module)
+            raise MemoryError("out of memory in a fold")
+        write(module, *args)
+
+    monkeypatch.setattr(model, "_write_module", fail_once)
+    with pytest.raises(MemoryError):
+        trainer.receiver.commit("trainer", 3)
+    assert model.poisoned is None
+    assert trainer.receiver.version == 2
+    assert torch.allclose(trainer.logprobs(), before, atol=1e-6)
+
+
+def test_a_commit_that_cannot_be_undone_leaves_the_engine_refusing_to_generate(trainer, monkeypatch):
+    trainer.stage(2, trainer.chunks())
+    model = trainer.engine.model
+
+    def fail(module, *args):
+        raise MemoryError("out of memory in a fold")
+
+    monkeypatch.setattr(model, "_write_module", fail)
+    with pytest.raises(MemoryError):
+        trainer.receiver.commit("trainer", 2)
+    assert "interrupted" in trainer.receiver.status()["poisoned"]
+    monkeypatch.undo()
+    trainer.stage(2, trainer.chunks())
+    trainer.receiver.commit("trainer", 2)
+    assert (trainer.logprobs() - expected(trainer.policy)).abs().max() < 1e-5
+
+
+def test_payload_files_are_read_from_their_folder_only_and_are_gone_afterwards(tmp_path, monkeypatch):
+    with offered(b"abc", "file") as source:
+        assert read_payload(source) == b"abc"
+    with pytest.raises(ValueError, match="set sync_transport=inline"):
+        read_payload(source)
+    with offered(b"abc", "inline") as source:
+        assert read_payload(source) == b"abc"
+    elsewhere = tmp_path / "secret"
+    elsewhere.write_bytes(b"x")
+    with pytest.raises(ValueError, match="only, not"):
+        read_payload({"file": str(payload_folder() / ".." / elsewhere.relative_to("/"))})

@@ -1,0 +1,58 @@
+"""Two real servers as replicas of one engine: both are synced, both are audited, and the batch is shared out."""
+
+import pytest
+import torch
+from conftest import perturb_trained
+from peft import get_peft_model
+from rollout_server import RolloutServer
+from transformers import AutoModelForCausalLM
+from trl import ModelConfig
+
+from fura_rl.adapters.registry import peft_config_for
+from fura_rl.rollout_client import RolloutClient, split
+from fura_rl.sync.probe import StaleEngineError
+from fura_rl.sync.weight_sync import WeightSync
+
+PROBE = list(range(5, 45))
+
+
+@pytest.fixture
+def servers(tied_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("FURA_ROLLOUT_TOKEN", "a secret of this test")
+    servers = [RolloutServer(tied_checkpoint, tmp_path / f"server-{i}.log").start() for i in range(2)]
+    try:
+        for server in servers:
+            server.wait_until_up()
+        yield servers
+    finally:
+        for server in servers:
+            server.stop()
+
+
+@pytest.mark.slow
+def test_every_replica_serves_the_version_that_was_synced(servers, tied_checkpoint, monkeypatch):
+    client = RolloutClient(",".join(server.url for server in servers), 120.0)
+    model = AutoModelForCausalLM.from_pretrained(tied_checkpoint, dtype=torch.float32)
+    policy = get_peft_model(model, peft_config_for("fura", ModelConfig(), None, None))
+    sync = WeightSync(policy, client.engine, PROBE, probe_every=1)
+    for step in range(2):
+        perturb_trained(policy, 0.1, seed=step)
+        report = sync.sync()
+        assert report.probe_max_gap < 1e-5
+        assert report.audit_gain_min == pytest.approx(1.0, abs=0.01)
+    prompts = [PROBE[:n] for n in (3, 4, 5)]
+    output = client.generate(prompts, n=2, max_tokens=4, temperature=0.0, logprobs=0)
+    assert output["prompt_ids"] == prompts
+    assert len(output["completion_ids"]) == 6
+    first, second = client.engine.engines
+    perturb_trained(policy, 0.1, seed=9)
+    monkeypatch.setattr(second, "_deliver", lambda message: {"stage": 0.0, "commit": 0.0})  # it is left behind
+    with pytest.raises(StaleEngineError, match="14 of 14 modules"):
+        sync.sync()
+    assert first.serves_last()
+    client.close()
+
+
+def test_items_are_split_in_order_and_evenly():
+    assert [list(range(7))[part] for part in split(7, 3)] == [[0, 1], [2, 3], [4, 5, 6]]
+    assert [part.stop - part.start for part in split(1, 3)] == [0, 0, 1]

@@ -1,0 +1,161 @@
+"""The fold into live engines that store weights in other ways: fp8 kernels, unpacked layouts, 16 bits, experts."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PARITY_NATS, make_tiny_checkpoint, perturb_trained
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+from trl import ModelConfig
+
+from fura_rl.adapters.registry import peft_config_for
+from fura_rl.sync import vllm_model
+from fura_rl.sync.vllm_engine import InProcessEngine
+from fura_rl.sync.vllm_model import PoisonedEngineError
+from fura_rl.sync.weight_sync import WeightSync
+
+PROBE = list(range(5, 45))
+ALIVE = []  # an engine that is collected takes the process's tensor-parallel state down under the next one
+
+
+def start(folder, dtype="float32", **options):
+    from vllm import LLM
+
+    settings = {"enforce_eager": True, "kv_cache_memory_bytes": 64 * 2**20, "max_model_len": 128}
+    ALIVE.append(LLM(str(folder), dtype=dtype, disable_log_stats=True, **settings, **options))
+    return InProcessEngine(ALIVE[-1])
+
+
+def adapted(folder, adapter, dtype=torch.float32):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return get_peft_model(model, peft_config_for(adapter, ModelConfig(), None, None))
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    folder = make_tiny_checkpoint(tmp_path_factory.mktemp("dense"), tied=True)
+    return start(folder), folder
+
+
+def test_mixtures_of_experts_in_a_process_of_their_own():
+    """An engine with experts cannot be started after one without: vLLM's expert-parallel group is the process's."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).parent / "moe_checks.py")],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert " passed" in run.stdout
+
+
+def test_weights_in_checkpoint_layout_are_written_in_place(tmp_path, monkeypatch):
+    """As on a GPU: the parameters are what the kernel reads, so addresses that CUDA graphs hold stay valid."""
+    import vllm._custom_ops as ops
+
+    monkeypatch.setattr(ops, "_supports_onednn", False)
+    folder = make_tiny_checkpoint(tmp_path / "model", tied=True)
+    engine = start(folder)
+    policy = adapted(folder, "fura")
+    sync = WeightSync(policy, engine, PROBE, probe_every=1)
+    layers = {name: module for name, module in engine.model.modules.items() if name.endswith("_proj")}
+    addresses = {name: module.weight.data_ptr() for name, module in layers.items()}
+    assert all(vllm_model.is_in_checkpoint_layout(m, engine.model.regions[name]) for name, m in layers.items())
+    for step in range(3):
+        perturb_trained(policy, 0.1, seed=step)
+        report = sync.sync()
+        assert report.probe_max_gap < PARITY_NATS
+        assert report.audit_gain_min == pytest.approx(1.0, abs=0.01)
+    assert {name: module.weight.data_ptr() for name, module in layers.items()} == addresses
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.3), ("float16", 0.03)])
+def test_a_16_bit_engine_is_as_near_to_its_trainer_after_syncs_as_before(tmp_path, dtype, tolerance):
+    folder = make_tiny_checkpoint(tmp_path / "model", tied=True, dtype=getattr(torch, dtype))
+    engine = start(folder, dtype)
+    policy = adapted(folder, "fura", dtype=getattr(torch, dtype))
+    sync = WeightSync(policy, engine, PROBE, probe_every=1)
+    floor = sync.sync().probe_max_gap
+    for step in range(3):
+        perturb_trained(policy, 0.1, seed=step)
+        report = sync.sync()
+        assert report.probe_max_gap < max(3 * floor, tolerance)
+        assert 0.8 < report.audit_gain_min < 1.2
+
+
+def test_a_float16_engine_refuses_what_it_cannot_hold_before_it_generates(tmp_path):
+    folder = make_tiny_checkpoint(tmp_path / "model", tied=True)
+    engine = start(folder, "float16")
+    policy = adapted(folder, "lora")
+    name = "model.layers.1.mlp.up_proj"
+    layer = policy.get_base_model().get_submodule(name)
+    base, down = layer.get_base_layer().weight.data, layer.lora_A["default"].weight.data
+    sync = WeightSync(policy, engine, PROBE)
+    sync.sync()
+
+    layer.lora_B["default"].weight.data[3, 0] = 1e6 / float(down[0].abs().max())  # a finite step: only its fold is not
+    with pytest.raises(OverflowError, match=rf"{re.escape(name)}\.weight.*exceeds 65504.*bfloat16"):
+        sync.sync()
+    with pytest.raises(PoisonedEngineError, match="refuses to generate"):
+        engine.model.model(None)
+    layer.lora_B["default"].weight.data.zero_()
+    sync.sync()
+
+    base[5, 5] = 1e5
+    with pytest.raises(ValueError, match=rf"float16.*1 weights are larger: {re.escape(name)}\.weight \(1e\+05"):
+        WeightSync(policy, engine, PROBE)
+
+
+def test_an_fp8_engine_is_requantized_from_the_folded_weight(tmp_path):
+    folder = make_tiny_checkpoint(tmp_path / "model", tied=False, dtype=torch.bfloat16)
+    engine = start(folder, "bfloat16", quantization="fp8_per_channel")
+    policy = adapted(folder, "fura", dtype=torch.bfloat16)
+    sync = WeightSync(policy, engine, PROBE, probe_every=1, probe_tolerance=2.0, audit_every=0)
+    floor = sync.sync().probe_max_gap
+    before = engine.prompt_logprobs(PROBE)
+    perturb_trained(policy, 2.0, seed=0)
+    gap = sync.sync().probe_max_gap
+    assert (engine.prompt_logprobs(PROBE) - before).abs().max() > 3 * gap, "it must move"
+    assert gap < 3 * floor
+
+
+def test_an_upgrade_of_vllm_that_moves_a_private_name_is_refused_by_name(monkeypatch):
+    moved = {"vllm.model_executor.model_loader.reload.layerwise": ("no_such_name",), "vllm.no_such_module": ("x",)}
+    monkeypatch.setattr(vllm_model, "PRIVATE_NAMES", moved)
+    with pytest.raises(
+        RuntimeError, match=r"layerwise\.no_such_name, vllm\.no_such_module\.x.*fura_rl reads vLLM 0\.31"
+    ):
+        vllm_model.check_layout()
+
+
+def test_a_tensor_without_a_place_in_the_engine_is_refused_before_anything_is_written(dense):
+    engine, folder = dense
+    sync = WeightSync(adapted(folder, "fura"), engine, PROBE)
+    del engine.model.owners["model.layers.1.self_attn.o_proj.weight"]
+    with pytest.raises(KeyError, match=r"no place for model\.layers\.1\.self_attn\.o_proj\.weight"):
+        sync.sync()
+    assert engine.model.poisoned is None
+
+
+def test_an_interrupted_write_makes_the_engine_refuse_to_generate_until_it_is_synced(dense, monkeypatch):
+    engine, folder = dense
+    policy = adapted(folder, "fura")
+    sync = WeightSync(policy, engine, PROBE, probe_every=1)
+    sync.sync(everything=True)  # the engine is shared between tests
+    perturb_trained(policy, 0.1, seed=0)
+    write = engine.model._write_module
+
+    def interrupted(module, *args):
+        if module.startswith("model.layers.1"):
+            raise KeyboardInterrupt
+        write(module, *args)
+
+    monkeypatch.setattr(engine.model, "_write_module", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sync.sync()
+    with pytest.raises(vllm_model.PoisonedEngineError, match="interrupted while it wrote"):
+        engine.model.model(None, None)
+    monkeypatch.undo()
+    assert sync.sync().probe_max_gap < PARITY_NATS
