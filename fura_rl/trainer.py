@@ -7,6 +7,7 @@ upgrade that moves one ends with a message.  Everything else of TRL's trainer is
 from __future__ import annotations
 
 import functools
+import os
 import signal
 import time
 from collections import defaultdict
@@ -16,7 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 import trl.generation.vllm_generation as trl_vllm
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from peft import PeftConfig
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -182,13 +183,7 @@ def check_settings(args: GRPOConfig | None, peft_config: PeftConfig | None) -> N
     Raises:
         ValueError: with every fault at once.
     """
-    faults = []
-    kind = args.distributed_state.distributed_type if args is not None else DistributedType.NO
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and args.use_vllm and args.vllm_mode == "colocate":
-        faults.append(
-            f"{kind.value} shards the policy, and vllm_mode='colocate' folds from whole base weights: use "
-            "vllm_mode='server', where the engine reads its own, or DDP"
-        )
+    faults = [] if args is None else sharding_faults(args, peft_config)
     if (transport := getattr(args, "sync_transport", "auto")) not in TRANSPORTS:
         faults.append(f"sync_transport={transport!r} must be one of {', '.join(TRANSPORTS)}")
     if (mode := getattr(args, "sync_mode", "auto")) not in SYNC_MODES:
@@ -205,6 +200,35 @@ def check_settings(args: GRPOConfig | None, peft_config: PeftConfig | None) -> N
         faults.append(f"fold_rounding={rounding!r} must be one of {', '.join(ROUNDINGS)}")
     if faults:
         raise ValueError("; ".join(faults))
+
+
+def sharding_faults(args: GRPOConfig, peft_config: PeftConfig | None) -> list[str]:
+    """What is wrong with how the launcher or `args` shard the policy.
+
+    Read from accelerate's environment variables: its state names a kind of sharding only once a trainer is made.
+    """
+    plugin = args.fsdp_plugin_args
+    fsdp = bool(plugin) or is_set("ACCELERATE_USE_FSDP")
+    zero = bool(args.deepspeed) or is_set("ACCELERATE_USE_DEEPSPEED")
+    faults = []
+    if (fsdp or zero) and args.use_vllm and args.vllm_mode == "colocate":
+        faults.append(
+            f"{'FSDP' if fsdp else 'DeepSpeed'} shards the policy, and vllm_mode='colocate' folds from whole base "
+            "weights: use vllm_mode='server', where the engine reads its own, or DDP"
+        )
+    version = (plugin or {}).get("fsdp_version", os.environ.get("FSDP_VERSION", "1"))
+    if fsdp and str(version) != "2":
+        faults.append(f"fsdp_version={version} flattens parameters, which the weight sync cannot read: use 2")
+    if fsdp and isinstance(peft_config, FuraConfig) and is_set("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        faults.append(
+            "fsdp_cpu_ram_efficient_loading=true leaves all processes but one without base weights, of which each "
+            "FuRA adapter is made: set it to false"
+        )
+    return faults
+
+
+def is_set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
 
 
 @contextmanager

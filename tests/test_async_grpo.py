@@ -7,7 +7,9 @@ import torch
 from conftest import PARITY_NATS, REPOSITORY
 from datasets import Dataset
 from peft import LoraConfig
-from trl.experimental.async_grpo import AsyncGRPOConfig, packing
+from transformers import AutoTokenizer
+from trl.chat_template_utils import qwen3_template
+from trl.experimental.async_grpo import AsyncGRPOConfig, async_grpo_trainer, packing
 from trl.experimental.async_grpo.weight_transfer import WeightTransferClient
 
 from fura_rl import FuraConfig
@@ -63,10 +65,14 @@ def test_a_token_that_trls_worker_cannot_send_is_refused_before_anything_is_load
 @pytest.mark.parametrize("method", PEFT_CONFIGS)
 def test_async_grpo_trains_on_the_factored_sync(method, rollout_server, tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "_flash_attn", lambda: TorchFlashAttention)
+    monkeypatch.setattr(async_grpo_trainer, "get_peak_flops_per_device", lambda *_: None)  # TRL asks CUDA for a name
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")]))  # for the worker
     rows = [{"prompt": [{"role": "user", "content": f"What is {a} + 11?"}]} for a in range(10, 30)]
+    model = str(rollout_server.wait_until_up().model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.response_template = qwen3_template  # TRL asks for one, and knows the templates of published models
     trainer = FuraAsyncGRPOTrainer(
-        str(rollout_server.wait_until_up().model),
+        model,
         count_of_even_characters,
         args=AsyncGRPOConfig(
             output_dir=str(tmp_path), vllm_server_base_url=rollout_server.url, dtype="float32", use_cpu=True,
@@ -74,6 +80,7 @@ def test_async_grpo_trains_on_the_factored_sync(method, rollout_server, tmp_path
             learning_rate=1e-2, logging_steps=1, report_to="none", save_strategy="no", gradient_checkpointing=False,
         ),
         train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
         peft_config=PEFT_CONFIGS[method],
         sync_settings={"probe_every": 1},
     )  # fmt: skip
@@ -86,6 +93,7 @@ def test_async_grpo_trains_on_the_factored_sync(method, rollout_server, tmp_path
     assert reports[-1].payload_bytes < reports[-1].dense_bytes or method == "full"
     logged = [entry for entry in trainer.state.log_history if "reward" in entry]
     assert logged
+    assert logged[0]["ratio"] == pytest.approx(1.0, abs=1e-4), "the first batch is sampled from the policy itself"
     changed = {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])}
     assert changed, "it must learn something"
     assert changed <= {name for name, p in policy.named_parameters() if p.requires_grad}, "no base weight is written"

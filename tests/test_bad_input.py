@@ -2,14 +2,18 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import REPOSITORY
+from trl import GRPOConfig
 
+from fura_rl import FuraConfig
 from fura_rl.adapters.registry import find_method, peft_config_for
 from fura_rl.config import parse_arguments, resolve_model
+from fura_rl.trainer import check_settings
 
 SCRIPT = REPOSITORY / "launch" / "grpo_math.py"
 QUICKSTART = str(REPOSITORY / "configs" / "quickstart.yaml")
@@ -110,3 +114,20 @@ def test_settings_that_an_adapter_does_not_have():
         peft_config_for("full", arguments.model, None, {"r": 4})
     with pytest.raises(ValueError, match="did you mean 'lora'"):
         find_method("lorra")
+
+
+@pytest.mark.parametrize(
+    ("environment", "mode", "message"),
+    [
+        ({}, "colocate", r"FSDP shards the policy.*vllm_mode='server'"),
+        ({"FSDP_VERSION": "1"}, "server", r"fsdp_version=1 flattens parameters.*use 2"),
+        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "server", r"fsdp_cpu_ram_efficient_loading=true.*set it to false"),
+        ({}, "server", None),
+    ],
+)
+def test_sharding_that_the_sync_cannot_read_is_refused(environment, mode, message, monkeypatch, tmp_path):
+    args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, use_vllm=True, vllm_mode=mode)
+    for name, value in ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} | environment).items():
+        monkeypatch.setenv(name, value)
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        check_settings(args, FuraConfig())

@@ -1,4 +1,4 @@
-"""Fault drill on a real rollout server: what is killed, stopped, exchanged or poisoned ends in recovery or a clear error.
+"""Fault drill on a real rollout server: killed, hung, exchanged, poisoned, it recovers or says clearly what is wrong.
 
 One server for all; tests that kill it wait for its supervisor to start it again.
 """
@@ -135,7 +135,7 @@ def test_a_server_that_comes_back_with_another_base_is_refused_by_name_and_then_
 
 
 def test_a_server_that_hangs_is_a_clear_error_in_time(trainer, rollout_server):
-    _, sync, client = trainer
+    _, _, client = trainer
     impatient = RolloutClient(rollout_server.url, connection_timeout=5.0)
     impatient.engine = client.engine
     impatient.engine.transport.timeout = 5.0

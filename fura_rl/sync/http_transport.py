@@ -7,6 +7,7 @@ for the next forward's output and kills the engine.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import secrets
@@ -84,8 +85,9 @@ class HttpTransport:
             raise RemoteSyncError(f"{self.address}: {method} replied {replies!r:.200}")
         return replies
 
-    @property
+    @functools.cached_property
     def dtype(self) -> torch.dtype:
+        """What the server serves in; asked once, since its supervisor starts it again with the same settings."""
         info = self.request("GET", "/server_info", params={"config_format": "json"})["vllm_config"]
         return getattr(torch, str(info["model_config"]["dtype"]).removeprefix("torch."))
 
