@@ -11,6 +11,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,6 +84,18 @@ def rollout_server(untied_checkpoint: Path, tmp_path_factory: pytest.TempPathFac
         yield server.wait_until_up()
     finally:
         server.stop()
+
+
+ENGINES = []  # kept to the end: one that is collected takes the process's parallel state down under the next
+
+
+def start_llm(folder: Path, dtype: str = "float32", **options: object) -> Any:
+    """A small `vllm.LLM` of this process."""
+    from vllm import LLM
+
+    settings = {"enforce_eager": True, "kv_cache_memory_bytes": 64 * 2**20, "max_model_len": 128}
+    ENGINES.append(LLM(str(folder), dtype=dtype, disable_log_stats=True, **settings | options))
+    return ENGINES[-1]
 
 
 @torch.no_grad()

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from conftest import PARITY_NATS, perturb_trained
+from conftest import PARITY_NATS, perturb_trained, start_llm
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import ModelConfig
-from vllm import LLM
 
 from fura_rl.adapters.registry import peft_config_for
 from fura_rl.quickstart import BASE_MODEL
@@ -41,11 +40,7 @@ def moe(tmp_path_factory):
             if parameter.ndim > 1 and "embed" not in name:
                 parameter.mul_(4.0)
     model.save_pretrained(folder)
-    llm = LLM(
-        str(folder), dtype="float32", enforce_eager=True, kv_cache_memory_bytes=64 * 2**20, max_model_len=128,
-        disable_log_stats=True,
-    )  # fmt: skip
-    return InProcessEngine(llm), folder
+    return InProcessEngine(start_llm(folder)), folder
 
 
 EXPERT_LORA = LoraConfig(

@@ -5,7 +5,7 @@ import zlib
 
 import pytest
 import torch
-from conftest import make_tiny_checkpoint, perturb_trained
+from conftest import make_tiny_checkpoint, perturb_trained, start_llm
 from peft import get_peft_model
 from safetensors.torch import save
 from transformers import AutoModelForCausalLM
@@ -26,16 +26,10 @@ PROBE = list(range(5, 45))
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    from vllm import LLM
-
     from fura_rl.sync.vllm_engine import InProcessEngine
 
     folder = make_tiny_checkpoint(tmp_path_factory.mktemp("base"), tied=True)
-    llm = LLM(
-        str(folder), dtype="float32", enforce_eager=True, kv_cache_memory_bytes=64 * 2**20, max_model_len=128,
-        disable_log_stats=True,
-    )  # fmt: skip
-    return InProcessEngine(llm), folder
+    return InProcessEngine(start_llm(folder)), folder
 
 
 class Trainer:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PARITY_NATS, make_tiny_checkpoint, perturb_trained
+from conftest import PARITY_NATS, make_tiny_checkpoint, perturb_trained, start_llm
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
@@ -19,15 +19,10 @@ from fura_rl.sync.vllm_model import PoisonedEngineError
 from fura_rl.sync.weight_sync import WeightSync
 
 PROBE = list(range(5, 45))
-ALIVE = []  # an engine that is collected takes the process's tensor-parallel state down under the next one
 
 
 def start(folder, dtype="float32", **options):
-    from vllm import LLM
-
-    settings = {"enforce_eager": True, "kv_cache_memory_bytes": 64 * 2**20, "max_model_len": 128}
-    ALIVE.append(LLM(str(folder), dtype=dtype, disable_log_stats=True, **settings, **options))
-    return InProcessEngine(ALIVE[-1])
+    return InProcessEngine(start_llm(folder, dtype, **options))
 
 
 def adapted(folder, adapter, dtype=torch.float32):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import PARITY_NATS, perturb_trained
+from conftest import PARITY_NATS, perturb_trained, start_llm
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
@@ -19,22 +19,13 @@ PROMPT = "<|user|>What is 27 + 15?<|end|><|assistant|>27+15=42 \\boxed{42}"
 @pytest.fixture(scope="module")
 def engines(tied_checkpoint, untied_checkpoint, bfloat16_checkpoint):
     """One live engine per checkpoint, started when first asked for."""
-    from vllm import LLM
-
     folders = {"tied": tied_checkpoint, "untied": untied_checkpoint, "bfloat16": bfloat16_checkpoint}
     started = {}
 
     def get(name):
         if name not in started:
-            llm = LLM(
-                str(folders[name]),
-                dtype="bfloat16" if name == "bfloat16" else "float32",
-                enforce_eager=True,
-                kv_cache_memory_bytes=64 * 2**20,
-                max_model_len=128,
-                disable_log_stats=True,
-            )
-            started[name] = InProcessEngine(llm)
+            dtype = "bfloat16" if name == "bfloat16" else "float32"
+            started[name] = InProcessEngine(start_llm(folders[name], dtype))
         return started[name], folders[name]
 
     return get
