@@ -58,8 +58,10 @@ def test_every_step_logged_its_sync(quickstart):
     last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     history = json.loads((last / "trainer_state.json").read_text())["log_history"]
     assert len(history) >= 100
+    probed = [entry["sync/probe_max_gap"] for entry in history if "sync/probe_max_gap" in entry]
+    assert len(probed) >= len(history) // 10
+    assert max(probed) < 1e-4
     for entry in history:
-        assert entry["sync/probe_max_gap"] < 1e-4
         assert entry["sync/update_cosine"] == pytest.approx(1.0, abs=1e-6)
         assert entry["sync/payload_bytes"] == history[0]["sync/payload_bytes"] > 0
         assert entry["sync/seconds"] > 0
@@ -79,7 +81,7 @@ def test_pass_at_k_of_the_trained_adapter_agrees_with_the_run(quickstart, tmp_pa
 
 @pytest.mark.parametrize("adapter", ["svd", "lora", "dora", "full"])
 def test_every_adapter_trains_through_the_same_path(adapter, tmp_path):
-    text = run([*LAUNCH, *SHORT, "--adapter", adapter, "--output_dir", str(tmp_path)])
+    text = run([*LAUNCH, *SHORT, "--adapter", adapter, "--output_dir", str(tmp_path), "--sync_probe_every", "1"])
     assert f"adapter {adapter}, " in text
     history = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
     assert all(entry["sync/probe_max_gap"] < 1e-4 for entry in history if "reward" in entry)
