@@ -54,23 +54,19 @@ ADAPTERS = [name for name, method in METHODS.items() if method.config_class is n
 
 def adapted_policy(checkpoint, name, dtype=torch.float32):
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
-    config = (
-        OFTConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], oft_block_size=16)
-        if name == "oft"
-        else peft_config_for(name, ModelConfig(), None, None)
-    )
+    config = peft_config_for(name, ModelConfig(), None, None)
     model = get_peft_model(model, config)
     perturb_trained(model, 0.3, seed=1)
     return model.eval()
 
 
-@pytest.mark.parametrize("name", [*ADAPTERS, "oft"])
+@pytest.mark.parametrize("name", ADAPTERS)
 def test_folded_checkpoint_computes_what_the_policy_computes(tied_checkpoint, name):
     policy = adapted_policy(tied_checkpoint, name)
     plain = AutoModelForCausalLM.from_pretrained(tied_checkpoint, dtype=torch.float32).eval()
     ids = torch.randint(5, 90, (2, 12))
     expected = policy(input_ids=ids).logits
-    assert relative_error(plain(input_ids=ids).logits, expected) > 1e-2, "the adapter must change the policy"
+    assert relative_error(plain(input_ids=ids).logits, expected) > 1e-3, "the adapter must change the policy"
     state = {weight.name: weight.value().clone() for weight in checkpoint_weights(policy)}
     missing, unexpected = plain.load_state_dict(state, strict=False)
     assert set(missing) <= {"lm_head.weight"}  # tied to the embedding
@@ -79,7 +75,7 @@ def test_folded_checkpoint_computes_what_the_policy_computes(tied_checkpoint, na
     assert relative_error(plain(input_ids=ids).logits, expected) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("name", [*ADAPTERS, "oft"])
+@pytest.mark.parametrize("name", ADAPTERS)
 def test_base_weights_keep_every_bit_and_their_storage_over_many_folds(bfloat16_checkpoint, name):
     policy = adapted_policy(bfloat16_checkpoint, name, torch.bfloat16)
     layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)][:3]
