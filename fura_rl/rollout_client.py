@@ -87,6 +87,10 @@ class RolloutClient:
     def reset_prefix_cache(self) -> None:
         """Done with every sync."""
 
+    def get_server_info(self) -> dict[str, Any]:
+        """vLLM's settings of the first server: TRL looks at its logprobs mode before it corrects for sampling."""
+        return self.clients[0].get_server_info()
+
     def image_features(self, images: list[list | None], **kwargs: Any) -> list[dict | None]:
         return self.clients[0].image_features(images, **kwargs)
 

@@ -42,6 +42,11 @@ CASES = {
 }
 
 
+def even_letters(completions: list[Any], **_: Any) -> list[float]:
+    """A reward that differs within a group of an untrained model's rollouts, for test_distributed.py."""
+    return [sum(ord(letter) % 2 == 0 for letter in str(completion)) / 10 for completion in completions]
+
+
 @contextmanager
 def gathers_of(parameters: list[torch.Tensor]) -> Iterator[list[tuple[int, ...]]]:
     """Collects the shapes of those of the sharded `parameters` that `full_tensor` is called on meanwhile."""

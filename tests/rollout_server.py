@@ -21,7 +21,7 @@ SETTINGS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "
 def child_environment(**settings: str) -> dict[str, str]:
     """For processes that tests start: vLLM's engine in a process of its own, this checkout imported."""
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
-    path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(REPOSITORY), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH"))))
     inherited = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     return inherited | offline | {"PYTHONPATH": path} | settings
 

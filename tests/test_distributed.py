@@ -121,12 +121,15 @@ def test_grpo_trains_in_two_processes_on_one_server(kind, adapter, rollout_serve
     server = ["--vllm_mode", "server", "--vllm_server_base_url", rollout_server.url]
     launch(
         kind, *script, "--config", "configs/quickstart.yaml", "--model_name_or_path", rollout_server.model, *server,
-        "--adapter", adapter, "--use_cpu", "true", "--per_device_train_batch_size", 16, "--max_steps", 3,
+        "--adapter", adapter, "--lora_dropout", 0, "--use_cpu", "true", "--max_steps", 3,
+        "--reward_funcs", "distributed_trainer.even_letters", "--vllm_importance_sampling_correction", "true",
         "--save_steps", 3, "--eval_problems", 0, "--sync_probe_every", 1, "--output_dir", tmp_path,
+        "--per_device_train_batch_size", 16,
     )  # fmt: skip
     state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
     steps = [entry for entry in state["log_history"] if "reward" in entry]
     assert [entry["step"] for entry in steps] == [1, 2, 3]
+    assert all(entry["grad_norm"] > 0 for entry in steps), "it must learn something"
     assert all(entry["sync/probe_max_gap"] < NATS for entry in steps)
     assert all(entry["sampling/sampling_logp_difference/max"] < 1e-4 for entry in steps), "rollouts are the policy's"
     saved = load_file(tmp_path / "checkpoint-3" / "adapter_model.safetensors")
