@@ -118,7 +118,7 @@ def test_a_fused_module_arrives_whole_when_only_one_member_is_adapted(engines):
     assert report.payload_bytes == expected, "nothing but the adapted modules and their fused siblings is sent"
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name not in ("fura", "full", "lift")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("svd", "lora", "dora", "pissa", "oft", "hira", "miss")]
 
 
 @pytest.mark.parametrize("adapter", ["fura", *SLOW])

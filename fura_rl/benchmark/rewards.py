@@ -15,8 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
-
 from fura_rl.benchmark.measure import Settings
 
 GOLDS, ROLLOUTS, PROSE_CHARS = 64, 8, 1_500
@@ -172,6 +170,8 @@ class PebbleMathVerify:
 
 def cpu_seconds() -> float:
     """CPU time of this process and of every process under it that still runs, and of those that it has waited for."""
+    import psutil
+
     me = psutil.Process()
     own = me.cpu_times()
     total = time.process_time() + own.children_user + own.children_system  # finer than the 10 ms of /proc
