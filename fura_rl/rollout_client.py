@@ -127,8 +127,8 @@ class RolloutClient:
                 return client.generate(prompts=prompts[share], features=part, **settings)
             except requests.RequestException:
                 raise
-            except Exception as error:  # TRL raises a bare Exception for a status that is not 200
-                if not str(error).startswith("Request failed"):
+            except Exception as error:  # TRL raises a bare Exception for every status but 200; a 4xx is no loss
+                if not str(error).startswith("Request failed: 5"):
                     raise
                 raise EngineLostError(f"{client.base_url}: {error}"[:500]) from error
 

@@ -41,7 +41,7 @@ def test_every_replica_serves_the_version_that_was_synced(servers, tied_checkpoi
         assert report.probe_max_gap < 1e-5
         assert report.audit_gain_min == pytest.approx(1.0, abs=0.01)
     prompts = [PROBE[:n] for n in (3, 4, 5)]
-    output = client.generate(prompts, n=2, max_tokens=4, temperature=0.0, logprobs=0)
+    output = client.generate(prompts, n=2, max_tokens=4, temperature=1.0, logprobs=0)
     assert output["prompt_ids"] == prompts
     assert len(output["completion_ids"]) == 6
     first, second = client.engine.engines
