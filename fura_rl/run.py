@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import shutil
-import signal
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -18,7 +15,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback, TrainerControl, TrainerState
 from trl import ModelConfig, get_quantization_config
 
-from fura_rl import report
+from fura_rl import report, serve
 from fura_rl.adapters.fura_tuner import PAPER_TARGETS
 from fura_rl.adapters.registry import check_method, find_method, own_settings, peft_config_for, trained_parameters
 from fura_rl.config import QUICKSTART, RunArguments, resolve_model
@@ -27,8 +24,6 @@ from fura_rl.evaluation.sampling import Sampling, evaluate
 from fura_rl.fingerprint import RecordBase, describe_base, record
 from fura_rl.trainer import FuraGRPOTrainer, SaveOnInterrupt
 from rewards import load_reward
-
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -299,5 +294,5 @@ def die_with_parent(launched: bool | None = None) -> None:
     """
     if launched is None:
         launched = any(name.startswith("ACCELERATE_") for name in os.environ)
-    if sys.platform == "linux" and launched:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if launched:
+        serve.die_with_parent()
