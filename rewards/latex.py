@@ -62,7 +62,8 @@ SPACED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d])")
 BARE_NAMES = {"pi": "pi", "Pi": "pi", "theta": "theta", "infinity": "infty", "infty": "infty"}
 BARE_NAME = re.compile(r"(?<![\\A-Za-z])(?:pi|Pi|theta|infinity|infty)(?![A-Za-z])")
 ASCII_RELATIONS = {"<=": r"\le ", ">=": r"\ge ", "!=": r"\ne ", "=<": r"\le ", "==": "="}
-ASCII_RELATION = re.compile(r"<=|>=|(?<![0-9)}])!=|=<|==")
+# Whole runs only: of `==<` a part would be read, and the rest another way the next time.
+ASCII_RELATION = re.compile(r"(?<![<>=])(?:<=|>=|(?<![0-9)}])!=|=<|==)(?![<>=])")
 OLD_FONT = re.compile(r"\{\\(bf|rm|it|sf|tt|cal)\s+")
 DROPPED_ARGUMENT = re.compile(r"\\(?:tag|phantom|hphantom|vphantom|label|hspace\*?|vspace\*?|color)\s*\{[^{}]*\}")
 COLOURED = re.compile(r"\\textcolor\s*\{[^{}]*\}")
@@ -73,6 +74,7 @@ ROMAN_FUNCTION = re.compile(
 )
 TEXT_PERCENT = re.compile(r"\\text\s*\{\s*(?:\\?%|percent|per cent|pct)\s*\}|\bper ?cent\b|(?<!\\)%")
 SPACE = re.compile(r"\s+")
+MAX_PASSES = 4  # two do for all but garbage
 TRAILING = " \t\n.,;:*\\"
 SCAN = re.compile(r"\\begin\{[^{}]*\}|\\end\{[^{}]*\}|\\(?:langle|rangle)(?![A-Za-z])|\\[A-Za-z]+|\\.|.", re.DOTALL)
 OPENERS, CLOSERS = frozenset("([{") | {r"\{", r"\langle"}, frozenset(")]}") | {r"\}", r"\rangle"}
@@ -114,7 +116,19 @@ def brace_group(text: str, start: int) -> int:
 
 @functools.lru_cache(maxsize=8_192)
 def normalise(text: str) -> str:
-    """The canonical spelling of the content of a box.  Bounded by the length of the text; never raises."""
+    """The canonical spelling of the content of a box.  Bounded by the length of the text; never raises.
+
+    One replacement can make room for another (a line break before `912` becomes a space, and the space goes out of
+    `1 912`), so they are repeated until nothing moves: a spelling read twice must not have two meanings.
+    """
+    for _ in range(MAX_PASSES):
+        before, text = text, respelled(text)
+        if text == before:
+            break
+    return text
+
+
+def respelled(text: str) -> str:
     if not text.isascii():
         text = replace_unicode(text)
     text = "".join(c for c in text if c in "\n\t" or not unicodedata.category(c).startswith("C"))
