@@ -9,6 +9,8 @@ from trl import ModelConfig
 
 from fura_rl.adapters.registry import peft_config_for
 from fura_rl.quickstart import BASE_MODEL
+from fura_rl.sync import probe, vllm_model
+from fura_rl.sync.factors import Factors
 from fura_rl.sync.vllm_engine import InProcessEngine
 from fura_rl.sync.weight_sync import WeightSync
 
@@ -61,3 +63,30 @@ def test_a_mixture_of_experts_follows_its_policy(moe, adapter):
         assert sync.sync().probe_max_gap < PARITY_NATS
     moved = (engine.prompt_logprobs(PROBE) - start_logprobs).abs().max()
     assert moved > 100 * PARITY_NATS, "it must move"
+
+
+@pytest.mark.parametrize("adapter", [EXPERT_LORA, "full"], ids=["lora experts", "full"])
+def test_the_audit_names_the_one_stale_expert(moe, adapter, monkeypatch):
+    engine, folder = moe
+    policy = adapted(folder, adapter)
+    sync = WeightSync(policy, engine, PROBE)
+    sync.sync(everything=True)
+    perturb_trained(policy, 0.1, seed=1)
+    assert sync.sync().audit_gain_min == pytest.approx(1, abs=0.02)
+    stack = "model.layers.1.mlp.experts"
+    assert all(sync.audit.knows(f"{stack}.{expert}") for expert in range(8))
+
+    old = {weight.name: weight.value()[3].clone() for weight in sync.weights.values() if weight.module_name == stack}
+    write = vllm_model.fill
+
+    def all_but_expert_3(region, parameter, factors, read, generator):
+        if region.name in old and ("__getitem__", (3,), ()) in region.ops:
+            stale = factors.tensors["weight"].clone()
+            stale[3] = old[region.name]
+            factors = Factors("dense", {"weight": stale})
+        write(region, parameter, factors, read, generator)
+
+    monkeypatch.setattr(vllm_model, "fill", all_but_expert_3)
+    perturb_trained(policy, 0.1, seed=2)
+    with pytest.raises(probe.StaleEngineError, match=rf"audit: 1 of \d+ modules .*{stack}\.3 "):
+        sync.sync()

@@ -12,7 +12,7 @@ expect from its own base weight, for a sample of output features.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -50,12 +50,13 @@ class Kernels(Protocol):
 
     def kernel_replies(self, spans: Mapping[str, Sequence[Span]]) -> list[dict[str, KernelReply]]:
         """Each worker's replies to `probe_vectors`, bias left out, by checkpoint tensor, at the output features of its
-        spans, one span after another; a tensor that no kernel multiplies by is left out."""
+        spans, one span after another; a tensor that no kernel multiplies by is left out.  For one expert of a stack,
+        `....experts.3`, what its gated kernel makes of the vectors."""
 
 
 @dataclass
 class KernelAudit:
-    """Expected replies of every adapted linear layer, from sync to sync.
+    """Expected replies of every trained linear layer and expert, from sync to sync.
 
     Holds VECTORS numbers for each sampled output feature and no weight.
     """
@@ -63,6 +64,7 @@ class KernelAudit:
     _previous: dict[str, torch.Tensor] = field(default_factory=dict)  # what the engine is known to compute
     _expected: dict[str, torch.Tensor] = field(default_factory=dict)  # what it should compute after this sync
     _spans: dict[str, list[Span]] = field(default_factory=dict)
+    _roundings: dict[str, float] = field(default_factory=dict)
 
     def expect(self, name: str, delivered: torch.Tensor, base: torch.Tensor | None, spans: list[Span]) -> None:
         """Note what the kernel of weight `name` must compute once it holds `delivered`.
@@ -71,10 +73,26 @@ class KernelAudit:
         features `spans`.  `base` is needed the first time; without it the first sync of a layer cannot be audited.
         """
         x = probe_vectors(delivered.shape[1], delivered.device)
-        self._expected[name] = expected = product(delivered, x)
+        base_reply = None if base is None else product(base.to(delivered.dtype), x)
+        self.expect_reply(name, product(delivered, x), base_reply, spans)
+
+    def expect_reply(
+        self,
+        name: str,
+        reply: torch.Tensor,
+        base_reply: torch.Tensor | None,
+        spans: list[Span],
+        roundings: float = ROUNDINGS_PER_UPDATE,
+    ) -> None:
+        """Note the reply (VECTORS, features) that `name` must give from now on.
+
+        `base_reply` is that of the weights the engine started from.  An update of fewer than `roundings` of the
+        engine's roundings of the reply is left to add up.
+        """
+        self._expected[name] = reply
         if name not in self._previous or self._spans[name] != spans:  # sharding has moved rows to other processes
-            self._previous[name] = expected if base is None else product(base.to(delivered.dtype), x)
-        self._spans[name] = spans
+            self._previous[name] = reply if base_reply is None else base_reply
+        self._spans[name], self._roundings[name] = spans, roundings
 
     def knows(self, name: str) -> bool:
         return name in self._previous
@@ -113,7 +131,7 @@ class KernelAudit:
     def _due(self, eps: float) -> Iterator[tuple[str, torch.Tensor]]:
         for name, expected in self._expected.items():
             update = expected - self._previous[name]
-            visible = max(ROUNDINGS_PER_UPDATE * eps / math.sqrt(expected.numel()), SMALLEST_UPDATE)
+            visible = max(self._roundings[name] * eps / math.sqrt(expected.numel()), SMALLEST_UPDATE)
             if update.norm() > visible * expected.norm():
                 yield name, update
 
@@ -155,6 +173,12 @@ def probe_vectors(features: int, device: torch.device) -> torch.Tensor:
     """(VECTORS, features) of +1 and -1, the same for every layer of this width."""
     generator = torch.Generator().manual_seed(features)
     return torch.randint(0, 2, (VECTORS, features), generator=generator).mul_(2).sub_(1).to(device, torch.float32)
+
+
+def tokens_of_experts(vectors: torch.Tensor, experts: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every vector for every expert in turn: tokens (experts * VECTORS, features) and their routes (..., 1)."""
+    chosen = torch.tensor(list(experts), device=vectors.device)
+    return vectors.repeat(len(chosen), 1), chosen.repeat_interleave(len(vectors))[:, None]
 
 
 def product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -183,8 +183,40 @@ class LiveModel:
     @torch.no_grad()
     def kernel_replies(self, spans: Mapping[str, Sequence[Span]]) -> dict[str, KernelReply]:
         """This worker's share of x W^T through the live kernels: see `audit.Kernels`."""
-        replies = {name: self._kernel_reply(name, list(wanted)) for name, wanted in spans.items()}
+        experts = {name: stack for name in spans if (stack := self._stack_of(name)) is not None}
+        replies = {name: self._kernel_reply(name, list(spans[name])) for name in spans.keys() - experts.keys()}
+        for stack in dict.fromkeys(experts.values()):
+            replies |= self._expert_replies(stack, {n: spans[n] for n in spans if experts.get(n) == stack})
         return {name: reply for name, reply in replies.items() if reply is not None}
+
+    def _stack_of(self, name: str) -> str | None:
+        """The engine module that holds the stacked experts of which `name` is one, as `....experts.3`."""
+        stack, _, expert = name.rpartition(".")
+        if not expert.isdecimal():
+            return None
+        weight = next((weight for weight in self.owners if weight.rpartition(".")[0] == stack), None)
+        return None if weight is None else self.owners[weight][0]
+
+    def _expert_replies(self, stack: str, spans: Mapping[str, Sequence[Span]]) -> dict[str, KernelReply | None]:
+        """This worker's share of what its kernel makes of the vectors, expert by expert."""
+        module = self.modules[stack]
+        method, parallel = module.quant_method, module.moe_config.moe_parallel_config
+        if method.is_monolithic or parallel.use_all2all_kernels:  # routes by itself, or through other workers
+            return dict.fromkeys(spans)
+        experts = [int(name.rpartition(".")[2]) for name in spans]
+        vectors = audit.probe_vectors(module.hidden_size, self.device).to(self.dtype)
+        tokens, routes = audit.tokens_of_experts(vectors, experts)
+        weights = torch.ones(routes.shape, device=self.device)
+        with self.context():
+            output = method.apply(module, tokens, weights, routes.int(), None, None)
+        replies = {}
+        for position, (expert, (name, wanted)) in enumerate(zip(experts, spans.items(), strict=True)):
+            here = module.expert_map is None or int(module.expert_map[expert]) >= 0
+            features = torch.cat([torch.arange(*span) for span in wanted])
+            reply = output[position * len(vectors) : (position + 1) * len(vectors), features.to(self.device)]
+            covered = torch.full((len(features),), here / parallel.tp_size)
+            replies[name] = KernelReply(reply.float().cpu(), covered)
+        return replies
 
     def _kernel_reply(self, name: str, spans: list[Span]) -> KernelReply | None:
         features = torch.cat([torch.arange(*span) for span in spans])

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from fura_rl.adapters.quantized import keep_layout
-from fura_rl.sync import probe
+from fura_rl.sync import expert_audit, probe
 from fura_rl.sync.audit import KernelAudit, sample_spans, stale_modules
 from fura_rl.sync.engine import LazyFactors, Push, RolloutEngine, Update, rounding_generator
+from fura_rl.sync.expert_audit import expert_layers
 from fura_rl.sync.factors import Factors, Read, Span, fold_rows, fold_slice
 from fura_rl.sync.fingerprint import Sample, base_sample
 from fura_rl.sync.fold import CheckpointWeight, checkpoint_weights
@@ -224,9 +225,21 @@ class WeightSync:
         for weight in chosen:
             if not watch.saw(weight):  # the engine never asked for it: then the audit must miss it
                 make(weight)
+        if self.audit_every and not self.follows:
+            self._expect_of_experts(watch)
         phases = dict(push.phases)
         phases["fold"] = max(0.0, phases.get("fold", 0.0) - watch.seconds)
         return Push(push.payload_bytes, phases)
+
+    def _expect_of_experts(self, watch: UpdateWatch) -> None:
+        started = time.perf_counter()
+        for layer in expert_layers(self.model, self.weights.values()):
+            replies = layer.replies(self.engine.dtype)
+            bases = None if all(map(self.audit.knows, layer.names)) else layer.base_replies()
+            for expert, name in enumerate(layer.names):
+                base = None if bases is None else bases[expert]
+                self.audit.expect_reply(name, replies[expert], base, layer.spans, roundings=expert_audit.ROUNDINGS)
+        watch.seconds += time.perf_counter() - started
 
     def _factors(self, weight: CheckpointWeight) -> Factors:
         if self.mode == "dense":

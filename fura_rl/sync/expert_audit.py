@@ -1,0 +1,89 @@
+"""The audit of stacked experts: their kernel multiplies by two weights with a gate between, so one expert is one map.
+
+Every expert is asked by name, `model.layers.0.mlp.experts.3`, with the audit's vectors as its tokens and routing weight
+1.  The regression of `audit.py` needs no linear map: a stale expert answers as before, a fresh one as expected.  The
+trainer computes what to expect with the experts module of transformers itself, on the weights that the engine was sent.
+An expert of which one weight arrived and the other did not lies between, and is named where the gain is below a half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
+from torch.func import functional_call
+
+from fura_rl.sync.audit import VECTORS, probe_vectors, sample_spans, tokens_of_experts
+from fura_rl.sync.factors import Span
+from fura_rl.sync.fold import CheckpointWeight, pristine_weight
+from fura_rl.sync.sharding import is_piece
+
+ROUNDINGS = 6.0  # see audit.ROUNDINGS_PER_UPDATE: a 16-bit kernel rounds gate and up, their product, and the output
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """The stacked experts of one layer, `module`, and their `weights`; `name` as in the checkpoint."""
+
+    name: str
+    module: nn.Module
+    weights: tuple[CheckpointWeight, ...]
+
+    @property
+    def expert_count(self) -> int:
+        return self.weights[0].shape[0]
+
+    @property
+    def names(self) -> list[str]:
+        return [f"{self.name}.{expert}" for expert in range(self.expert_count)]
+
+    @property
+    def width(self) -> int:
+        """Features of the stream that experts read and write."""
+        return self.module.hidden_dim if hasattr(self.module, "hidden_dim") else self.module.hidden_size
+
+    @property
+    def spans(self) -> list[Span]:
+        """The output features looked at, of every expert."""
+        return sample_spans((0, self.width))
+
+    @torch.no_grad()
+    def replies(self, dtype: torch.dtype) -> torch.Tensor:
+        """(experts, VECTORS, features) in float64: what a kernel must compute that holds these weights in `dtype`."""
+        return self._replies({w.name.rpartition(".")[2]: w.value().to(dtype).float() for w in self.weights})
+
+    @torch.no_grad()
+    def base_replies(self) -> torch.Tensor | None:
+        """The same of the base weights; None where training has overwritten them."""
+        if any(weight.trained and weight.layer is None for weight in self.weights):
+            return None
+        return self._replies({w.name.rpartition(".")[2]: pristine_weight(w).float() for w in self.weights})
+
+    def _replies(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        device = next(iter(tensors.values())).device
+        vectors = probe_vectors(self.width, device)
+        tokens, routes = tokens_of_experts(vectors, range(self.expert_count))
+        weights = torch.ones(len(tokens), 1, device=device)
+        output = functional_call(self.module, tensors, (tokens, routes, weights))
+        picked = torch.cat([torch.arange(*span, device=device) for span in self.spans])
+        return output[:, picked].reshape(self.expert_count, VECTORS, -1).double()
+
+
+def expert_layers(model: nn.Module, weights: Iterable[CheckpointWeight]) -> Iterator[ExpertLayer]:
+    """Every trained stack of experts that can be called as transformers' experts are, and is held whole."""
+    base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    stacks: dict[str, list[CheckpointWeight]] = {}
+    for weight in weights:
+        stacks.setdefault(weight.module_name, []).append(weight)
+    for name, stack in stacks.items():
+        trained = any(weight.trained and len(weight.shape) == 3 for weight in stack)
+        if not trained or any(is_piece(weight.parameter) for weight in stack):
+            continue
+        module = base_model.get_submodule(name)
+        while isinstance(module, ParamWrapper):
+            module = module.base_layer
+        if hasattr(module, "num_experts"):
+            yield ExpertLayer(name, module, tuple(stack))
