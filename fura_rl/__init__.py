@@ -7,9 +7,10 @@ The trainer is imported on first use: it brings TRL and vLLM, which an adapter a
 
 from typing import TYPE_CHECKING, Any
 
-from fura_rl.adapters.fura_config import FuraConfig
-from fura_rl.adapters.fura_tuner import FuraModel, register_with_peft
+from fura_rl.adapters.fura_config import FuraConfig, FuraPeftType
+from fura_rl.adapters.fura_tuner import FuraModel
 from fura_rl.adapters.methods import lora_full, milora  # noqa: F401  registered with PEFT as they are imported
+from fura_rl.adapters.registration import register
 
 if TYPE_CHECKING:
     from fura_rl.trainer import FuraGRPOTrainer
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["FuraConfig", "FuraGRPOTrainer", "FuraModel"]
 __version__ = "0.1.0"
 
-register_with_peft()
+register(FuraPeftType.FURA, FuraConfig, FuraModel)
 
 
 def __getattr__(name: str) -> Any:

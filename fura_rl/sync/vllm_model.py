@@ -9,6 +9,7 @@ that moves one ends with a message and not with stale weights.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import math
 from collections import defaultdict
@@ -409,6 +410,18 @@ def rebuilt(module: nn.Module) -> Any:
         module.update_param_tp_status()
     layerwise._copy_and_restore_kernel_tensors(module, info)
     info.reset()
+    release_freed_memory(next(module.parameters()).device)
+
+
+def release_freed_memory(device: torch.device) -> None:
+    """Give the freed layer back to the system, on CPU with glibc.
+
+    glibc cannot put an aligned block into the hole that one of its size left, so without this the heap grows by every
+    layer in turn: at 0.6B parameters by 0.5 GB.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if device.type == "cpu" else None
+    if trim is not None:
+        trim(0)
 
 
 def pack_cpu_experts(module: nn.Module) -> None:
