@@ -6,12 +6,22 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 from fura_rl.ablation.cell import CELL, RESULT
-from fura_rl.ablation.spec import Cell, Spec, cells, matched_settings, training_options
+from fura_rl.ablation.rate_choice import best_rates, finished, rate_scores
+from fura_rl.ablation.spec import (
+    Cell,
+    Spec,
+    matched_settings,
+    scored_splits,
+    search_cells,
+    table_cells,
+    training_options,
+)
 from fura_rl.report import environment, write_json
 
 SPEC, LOG, FAILED = "spec.json", "log.txt", "failed.txt"
@@ -41,16 +51,32 @@ def open_sweep(spec: Spec, output: Path) -> None:
 def run_sweep(spec: Spec, output: Path, processes: int, tell: Callable[[str], None]) -> list[Cell]:
     """Run every cell that has no result yet, `processes` at a time; the cells that failed.
 
-    A failed cell is tried again the next time; a killed one goes on from its last checkpoint.
+    First the cells that choose the learning rates, then those of the chosen rates that are still missing.  A failed
+    cell is tried again the next time; a killed one goes on from its last checkpoint.
     """
-    every, settings = cells(spec), matched_settings(spec)
+    settings, search = matched_settings(spec), search_cells(spec)
+    failed = run_cells(spec, search, settings, output, processes, tell)
+    rates = best_rates(rate_scores(spec, finished(search, output)))
+    rest = [cell for cell in table_cells(spec, rates) if cell not in search]
+    if rest:
+        tell("chosen on the validation split: " + ", ".join(f"{label} {rate:g}" for label, rate in rates.items()))
+        failed += run_cells(spec, rest, settings, output, processes, tell)
+    return failed
+
+
+def run_cells(
+    spec: Spec, every: Sequence[Cell], settings: dict[str, dict[str, Any]], output: Path, processes: int,
+    tell: Callable[[str], None],
+) -> list[Cell]:  # fmt: skip
+    """Run those of `every` that have no result yet; the cells that failed."""
     waiting = [cell for cell in every if not (output / cell.name / RESULT).is_file()]
     tell(f"{len(every)} cells, {len(every) - len(waiting)} done already")
     for cell in waiting:
         folder = output / cell.name
         folder.mkdir(parents=True, exist_ok=True)
         options = training_options(spec, cell, settings[cell.label], folder / "run")
-        write_json(folder / CELL, {"options": options, "scoring": dataclasses.asdict(spec.scoring)})
+        scoring = dataclasses.asdict(spec.scoring)
+        write_json(folder / CELL, {"options": options, "splits": scored_splits(spec, cell), "scoring": scoring})
         (folder / FAILED).unlink(missing_ok=True)
     failed, done = [], len(every) - len(waiting)
     with ThreadPoolExecutor(max_workers=processes) as pool:
