@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -93,12 +95,19 @@ def run_cells(
 
 def run_cell(folder: Path) -> int:
     """Run one cell to its end; its exit code.  What it prints goes to its log, the end of it to `failed.txt`."""
+    command = [sys.executable, "-m", "fura_rl.ablation.cell", str(folder)]
+    # Left to itself TRL looks for a free port among the same few in every process: two that start together take one.
+    settings = os.environ | {"MASTER_PORT": str(free_port())}
     with open(folder / LOG, "a") as log:
-        code = subprocess.run(
-            [sys.executable, "-m", "fura_rl.ablation.cell", str(folder)], stdout=log, stderr=log, check=False
-        ).returncode
+        code = subprocess.run(command, stdout=log, stderr=log, env=settings, check=False).returncode
     if code or not (folder / RESULT).is_file():
         tail = (folder / LOG).read_text().splitlines()[-TAIL_LINES:]
         (folder / FAILED).write_text("\n".join([f"exit code {code}", *tail]) + "\n")
         return code or 1
     return 0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
