@@ -19,8 +19,9 @@ import torch
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from fura_rl.grpo_config import FuraGRPOConfig
+from fura_rl.quickstart.tasks import TASKS
 
-QUICKSTART = "quickstart"  # the name of the embedded model and of the embedded problems
+QUICKSTART = "quickstart"  # the default of the embedded tasks, whose names are model and dataset at once
 
 
 @dataclass
@@ -207,17 +208,15 @@ def help_text(description: str) -> str:
 
 
 def resolve_model(name: str | None) -> str:
-    """The folder or hub id to load; the embedded model for the name "quickstart".
+    """The folder or hub id to load; the embedded model for the name of an embedded task.
 
     Raises:
         ValueError: where there is no name, or it looks like a path and no checkpoint is there.
     """
     if not name:
         raise ValueError("model_name_or_path is not set; give a hub id, a checkpoint folder, or 'quickstart'")
-    if name == QUICKSTART:
-        from fura_rl.quickstart import BASE_MODEL
-
-        return str(BASE_MODEL)
+    if name in TASKS:
+        return str(TASKS[name].base_model)
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():

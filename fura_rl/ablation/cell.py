@@ -2,7 +2,7 @@
 
     python -m fura_rl.ablation.cell FOLDER
 
-FOLDER holds `cell.json` with the training options and the scoring; `result.json` appears when all is done.
+FOLDER holds `cell.json` with the training options, the splits to score and how; `result.json` appears when all is done.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main(folder: Path) -> int:
     if run.interrupt.received is not None:
         return 128 + run.interrupt.received
     summary, reports = summarize(run, None), list(run.trainer.sync_reports)  # before scoring syncs once more
-    scores = {split: score(run, folder, split, request["scoring"]) for split in ("validation", "test")}
+    scores = {split: score(run, folder, split, request["scoring"]) for split in request["splits"]}
     history = [entry for entry in run.trainer.state.log_history if "reward" in entry]
     result = {
         "trained_parameters": summary.trained_parameters,

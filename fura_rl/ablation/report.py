@@ -106,6 +106,12 @@ def notes(spec: Spec, results: Results) -> list[str]:
         text.append(
             f"Trained parameters are matched to {spec.match_parameters} where an adapter's capacity can be set."
         )
+    if spec.search_seeds:
+        search, table = (", ".join(map(str, seeds)) for seeds in (spec.search_seeds, spec.seeds))
+        text.append(
+            f"Learning rates were chosen with seeds {search} alone; only the chosen ones were run with seeds {table}, "
+            "which make the table."
+        )
     edges = [line.label for line in results.lines if line.at_edge]
     if edges:
         text.append(f"Best at the edge of the learning rates tried, so perhaps better beyond: {', '.join(edges)}.")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fura_rl.ablation.cell import RESULT
-from fura_rl.ablation.spec import Cell, Spec, cells
+from fura_rl.ablation.rate_choice import best_rates, finished, rate_scores
+from fura_rl.ablation.spec import Cell, Spec, search_cells, table_cells
 from fura_rl.ablation.sweep import FAILED
 from fura_rl.evaluation.estimators import bootstrap
 from fura_rl.evaluation.run_folder import RunFolder
@@ -51,26 +50,20 @@ class Results:
 
 
 def collect(spec: Spec, output: Path) -> Results:
-    """The table of what has been run so far; an entry without one finished learning rate is left to `unfinished`.
+    """The table of what has been run so far.
 
-    Only learning rates at which every seed finished take part, so that no rate wins by a lucky seed.
+    The learning rate of an entry is chosen by the search cells alone, among the rates at which every search seed
+    finished; the entry stands in the table once every seed finished at that rate.
     """
-    every = cells(spec)
-    raw = {cell: json.loads(file.read_text()) for cell in every if (file := output / cell.name / RESULT).is_file()}
+    search = search_cells(spec)
+    validation = rate_scores(spec, finished(search, output))
+    planned = table_cells(spec, best_rates(validation))
+    every = [*search, *(cell for cell in planned if cell not in search)]
+    raw = finished(every, output)
     failures = {cell.name: output / cell.name / FAILED for cell in every if cell not in raw}
     failed = {name: file.read_text() for name, file in failures.items() if file.is_file()}
-    chosen: dict[str, list[Cell]] = {}
-    validation: dict[str, dict[str, float]] = {}
-    for entry in spec.adapters:
-        whole = {}
-        for rate in spec.rates_of(entry):
-            group = [cell for cell in every if (cell.label, cell.learning_rate) == (entry.label, rate)]
-            if all(cell in raw for cell in group):
-                whole[rate] = group
-        if whole:
-            means = {rate: validation_score([raw[cell] for cell in group], spec) for rate, group in whole.items()}
-            validation[entry.label] = {f"{rate:g}": mean for rate, mean in means.items()}
-            chosen[entry.label] = whole[max(means, key=means.__getitem__)]
+    groups = {label: [cell for cell in planned if cell.label == label] for label in validation}
+    chosen = {label: group for label, group in groups.items() if all(cell in raw for cell in group)}
     values = {label: [test_values(output, cell, spec) for cell in group] for label, group in chosen.items()}
     baseline = mean_over_seeds(values[spec.baseline]) if spec.baseline in values else None
     lines = [
@@ -80,10 +73,6 @@ def collect(spec: Spec, output: Path) -> Results:
     unfinished = [cell.name for cell in every if cell not in raw and cell.name not in failed]
     measures = list(next(iter(values.values()))[0]) if values else []
     return Results(lines, failed, unfinished, measures)
-
-
-def validation_score(group: Sequence[dict[str, Any]], spec: Spec) -> float:
-    return statistics.fmean(result["scores"]["validation"]["scores"][spec.scoring.measure]["mean"] for result in group)
 
 
 def test_values(output: Path, cell: Cell, spec: Spec) -> Values:
@@ -100,7 +89,7 @@ def mean_over_seeds(values: Sequence[Values]) -> Values:
 
 def make_line(
     spec: Spec, group: Sequence[Cell], raw: Sequence[dict[str, Any]], values: Sequence[Values],
-    baseline: Values | None, validation: dict[str, float],
+    baseline: Values | None, validation: dict[float, float],
 ) -> Line:  # fmt: skip
     means, first = mean_over_seeds(values), group[0]
     [entry] = [entry for entry in spec.adapters if entry.label == first.label]
@@ -124,7 +113,7 @@ def make_line(
         peak_memory_gib=max(result["peak_memory_gib"] for result in raw),
         phase_seconds_per_step=phases,
         payload_bytes=raw[0]["payload_bytes"] or 0,
-        validation=validation,
+        validation={f"{rate:g}": score for rate, score in validation.items()},
         at_edge=len(rates) > 1 and first.learning_rate in (min(rates), max(rates)),
         rewards=[result["rewards"] for result in raw],
     )
