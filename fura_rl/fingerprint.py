@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
 FILE = "base_model_fingerprint.json"
 ENTRIES = 4  # per matrix
 TOLERANCE = 2.0**-7  # relative: one rounding to bfloat16 on either side
@@ -66,17 +64,6 @@ def record(folder: Path, base: dict[str, Any]) -> None:
     """Write what an adapter was trained on beside it: `model`, `quantization` and `weights`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FILE).write_text(json.dumps(base) + "\n")
-
-
-class RecordBase(TrainerCallback):
-    """Writes the record into every checkpoint of a run."""
-
-    def __init__(self, base: dict[str, Any]) -> None:
-        self.base = base
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            record(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.base)
 
 
 def describe_base(model: str, revision: str | None, quantization: str | None) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
 import os
 import shutil
 import tempfile
@@ -15,15 +17,17 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback, TrainerControl, TrainerState
 from trl import ModelConfig, get_quantization_config
 
-from fura_rl import report, serve
+from fura_rl import checkpoint, report, serve
 from fura_rl.adapters.fura_tuner import PAPER_TARGETS
 from fura_rl.adapters.registry import check_method, find_method, own_settings, peft_config_for, trained_parameters
 from fura_rl.config import QUICKSTART, RunArguments, resolve_model
 from fura_rl.data import load_splits, pick_split, prepare
 from fura_rl.evaluation.sampling import Sampling, evaluate
-from fura_rl.fingerprint import RecordBase, describe_base, record
+from fura_rl.fingerprint import describe_base, record
 from fura_rl.trainer import FuraGRPOTrainer, SaveOnInterrupt
 from rewards import load_reward
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -36,6 +40,7 @@ class Run:
     held_out: Dataset | None
     interrupt: SaveOnInterrupt
     base: dict[str, Any] | None  # what an adapter is trained on, as it is recorded beside it
+    checkpoint: Path | None  # where the run goes on from
     before: report.Scores | None = None
     train_seconds: float = 0.0
 
@@ -61,6 +66,8 @@ def prepare_run(arguments: RunArguments) -> Run:
             first, the engine last.
     """
     script, training, model_args = arguments.script, arguments.training, arguments.model
+    settings = checkpoint.plain(arguments.resolved())
+    start_from = find_checkpoint(arguments, settings)
     load_as_the_method_asks(arguments)
     peft_config = peft_config_for(script.adapter, model_args, script.adapter_target_modules, script.adapter_kwargs)
     reward_funcs = [load_reward(name) for name in script.reward_funcs]
@@ -85,14 +92,65 @@ def prepare_run(arguments: RunArguments) -> Run:
         processing_class=tokenizer,
         peft_config=peft_config,
         quantization_config=get_quantization_config(model_args),
-        callbacks=[interrupt, *([] if base is None else [RecordBase(base)])],
+        callbacks=[interrupt],
     )
+    trainer.checkpoint_writers.append(functools.partial(checkpoint.record_settings, settings=settings))
+    if base is not None:
+        trainer.checkpoint_writers.append(functools.partial(record, base=base))
     train_as_the_method_asks(trainer, arguments)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(RewardProgress)
+    if training.save_strategy != "no":
+        checkpoint.check_room(Path(training.output_dir), least_checkpoint_bytes(trainer), "nothing has been trained")
     if trainer.accelerator.is_main_process:
         report.write_record(Path(training.output_dir), arguments.resolved())
-    return Run(arguments, trainer, tokenizer, held_out, interrupt, base)
+    return Run(arguments, trainer, tokenizer, held_out, interrupt, base, start_from)
+
+
+def find_checkpoint(arguments: RunArguments, settings: dict[str, Any]) -> Path | None:
+    """Where the run goes on from, None to start: the same command starts a run and continues it.
+
+    Without `resume_from_checkpoint`, or with "latest", that is the newest whole checkpoint of `output_dir`, if there is
+    one; with "true" there must be one; anything else names a checkpoint.
+
+    Raises:
+        ValueError: where `output_dir` cannot be written to, the named checkpoint is missing or damaged, or the run in
+            `output_dir` was started with settings of other numbers.
+    """
+    training = arguments.training
+    output_dir, wanted = Path(training.output_dir), training.resume_from_checkpoint or "latest"
+    if arguments.script.dry_run:
+        return None
+    with training.main_process_first(local=False):
+        checkpoint.check_output_dir(output_dir)
+        checkpoint.clear_leftovers(output_dir)
+        if wanted == "latest":
+            found = checkpoint.last_checkpoint(output_dir)
+        else:
+            found = checkpoint.whole(output_dir, True if wanted in ("true", "True") else wanted)
+    if found is None:
+        return None
+    recorded = checkpoint.recorded_settings(found)
+    if recorded is None:
+        logger.warning("%s does not say with which settings it was trained; they are not compared", found)
+        return found
+    changed = checkpoint.changed_settings(recorded, settings)
+    shown = ", ".join(f"{name}={new!r} (there {old!r})" for name, (old, new) in changed.items())
+    if changed and wanted == "latest":
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} holds a run at step {checkpoint.step_of(found)} with other settings: "
+            f"{shown}. Name another output_dir, remove that one, or go on with the new settings by "
+            f"--resume_from_checkpoint {found}"
+        )
+    if changed:
+        logger.warning("going on from %s with changed settings: %s", found, shown)
+    return found
+
+
+def least_checkpoint_bytes(trainer: FuraGRPOTrainer) -> int:
+    """What a checkpoint takes at least: the trained tensors and two moments of each."""
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    return 3 * sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad)
 
 
 def quantization(model_args: ModelConfig) -> str | None:
@@ -213,16 +271,11 @@ def train(run: Run) -> None:
     run.before = score_held_out(run)
     for phase in run.trainer.phase_seconds:
         run.trainer.phase_seconds[phase] = 0.0
-    resume = run.arguments.training.resume_from_checkpoint
+    if run.checkpoint is not None and run.trainer.accelerator.is_main_process:
+        print(f"going on from {run.checkpoint}", flush=True)
     started = time.perf_counter()
-    run.trainer.train(resume_from_checkpoint=True if resume in ("true", "True", "latest") else resume)
+    run.trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
     run.train_seconds = time.perf_counter() - started
-
-
-def last_checkpoint(output_dir: Path) -> str | None:
-    """The newest whole checkpoint of a run folder, or None; one that a kill cut short lacks its state."""
-    found = [path for path in output_dir.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
 
 
 def finish(run: Run) -> int:
@@ -231,10 +284,7 @@ def finish(run: Run) -> int:
     output_dir = Path(training.output_dir)
     if run.interrupt.received is not None:
         step = trainer.state.global_step
-        print(
-            f"stopped at step {step}; resume with the same command and --resume_from_checkpoint "
-            f"{output_dir / f'checkpoint-{step}'}"
-        )
+        print(f"stopped at step {step}; the same command goes on from {output_dir / f'checkpoint-{step}'}")
         return 128 + run.interrupt.received
     after = score_held_out(run)
     trainer.save_model(str(output_dir))

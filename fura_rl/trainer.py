@@ -7,32 +7,43 @@ upgrade that moves one ends with a message.  Everything else of TRL's trainer is
 from __future__ import annotations
 
 import functools
+import json
+import logging
 import os
+import shutil
 import signal
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import trl.generation.vllm_generation as trl_vllm
 from accelerate.utils import broadcast_object_list
 from peft import PeftConfig
+from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 from trl import GRPOConfig, GRPOTrainer
 
+from fura_rl import checkpoint
 from fura_rl.adapters.fura_config import FuraConfig
 from fura_rl.adapters.fura_tuner import restore_core_dtype
 from fura_rl.data import encode_prompts
+from fura_rl.randomness import drawing_from, rollout_seed
 from fura_rl.rollout_client import TRANSPORTS, RolloutClient, ServerSampler, client_factory
 from fura_rl.sync import probe
 from fura_rl.sync.engine import RolloutEngine
 from fura_rl.sync.remote_engine import Follower
 from fura_rl.sync.rounding import ROUNDINGS
+from fura_rl.sync.sharding import failing_together
 from fura_rl.sync.vllm_engine import InProcessEngine, cpu_cache_settings
 from fura_rl.sync.weight_sync import SYNC_MODES, SyncReport, WeightSync
+
+logger = logging.getLogger(__name__)
 
 TRL_VERSIONS_READ = "1.16"
 PROBE_TOKENS = 64
@@ -45,12 +56,17 @@ class FuraGRPOTrainer(GRPOTrainer):
     `GRPOConfig` or `FuraGRPOConfig`.  Logs `sync/*` at every sync and keeps `phase_seconds`, the wall time of the
     rollout, reward and sync phases.
 
+    A run that was killed and goes on from its last checkpoint reaches what an uninterrupted one reaches, bit for bit on
+    the same machine with the engine in its process.  `checkpoint_writers` are called with the folder of each checkpoint
+    before it is given its name, to put further files into it.
+
     Raises:
         ValueError: for settings that this trainer cannot serve, before a model is loaded.
         StaleEngineError: where an engine does not hold the policy's weights after a sync.
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "grpo", "fura"]
+    _saving = False
 
     def __init__(
         self,
@@ -63,6 +79,8 @@ class FuraGRPOTrainer(GRPOTrainer):
         check_settings(args, peft_config)
         self.phase_seconds: dict[str, float] = defaultdict(float)
         self.sync_reports: list[SyncReport] = []
+        self.checkpoint_writers: list[Callable[[Path], None]] = []
+        self._rollouts_at = (-1, True, 0)  # optimizer step, whether of training, generations there so far
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         timed = [self._timed("reward", reward) if callable(reward) else reward for reward in rewards if reward]
         self._client: RolloutClient | None = None
@@ -86,7 +104,7 @@ class FuraGRPOTrainer(GRPOTrainer):
             kwargs |= cpu_cache_settings(kwargs["gpu_memory_utilization"])
         kwargs["quantization"] = None  # a quantized policy is served folded, in 16 bits: never quantized a second time
         kwargs["revision"] = (self.args.model_init_kwargs or {}).get("revision")
-        kwargs["seed"] += self.args.seed  # TRL seeds every run's engine alike, so seeds would share their rollouts
+        kwargs["seed"] += self.args.seed  # TRL seeds every run's engine alike, and with it this process
         kwargs["disable_log_stats"] = True
         return LLM(**kwargs)
 
@@ -113,7 +131,8 @@ class FuraGRPOTrainer(GRPOTrainer):
             score=self._score,
         )
         generation.sync_weights = self.sync_weights
-        generation.generate = self._timed("rollout", generation.generate)
+        generate = self._seeded(generation.generate) if generation.mode == "colocate" else generation.generate
+        generation.generate = self._timed("rollout", generate)
 
     def _rollout_engine(self, generation: Any) -> RolloutEngine:
         """The engine as this process sees it: in this process, behind a server, or as another process's business."""
@@ -171,6 +190,103 @@ class FuraGRPOTrainer(GRPOTrainer):
 
         return timed
 
+    def _seeded(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        """`generate` with rollouts that are a function of the run's seed and the place in the run."""
+
+        @functools.wraps(generate)
+        def seeded(*args: Any, **kwargs: Any) -> Any:
+            step, training = self.state.global_step, self.model.training
+            call = self._rollouts_at[2] if self._rollouts_at[:2] == (step, training) else 0
+            self._rollouts_at = (step, training, call + 1)
+            engine = self.accelerator.process_index // self.args.vllm_tensor_parallel_size
+            with drawing_from(rollout_seed(self.args.seed, step=step, call=call, training=training, engine=engine)):
+                return generate(*args, **kwargs)
+
+        return seeded
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, from the newest whole checkpoint of `output_dir` where `resume_from_checkpoint` is True.
+
+        A run whose checkpoint is at `max_steps` is loaded and trained no further.
+
+        Raises:
+            ValueError: where there is no whole checkpoint to resume from.
+            CheckpointError: where a checkpoint cannot be written, or the next one could not be.
+        """
+        if self.args.should_save:
+            checkpoint.clear_leftovers(Path(self.args.output_dir))
+        self.accelerator.wait_for_everyone()
+        if not resume_from_checkpoint:
+            return super().train(None, *args, **kwargs)
+        folder = checkpoint.whole(Path(self.args.output_dir), resume_from_checkpoint)
+        state = TrainerState.load_from_json(str(folder / checkpoint.STATE))
+        if not 0 < self.args.max_steps <= state.global_step:
+            return super().train(str(folder), *args, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(f"{folder} is at max_steps={self.args.max_steps}: the run is finished")
+        self._load_from_checkpoint(str(folder))  # Trainer.train would take one step more
+        self.state = state
+        return TrainOutput(state.global_step, float("nan"), {})
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        self.remove_callback(OrderOfEpoch)
+        self.add_callback(OrderOfEpoch(sampler))
+        return sampler
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run_dir = super()._get_output_dir(trial)
+        return os.path.join(run_dir, checkpoint.UNFINISHED) if self._saving else run_dir
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint aside and give it its name once it is whole; older ones are dropped after that."""
+        run_dir = Path(self._get_output_dir(trial))
+        final = run_dir / f"checkpoint-{self.state.global_step}"
+        staged = run_dir / checkpoint.UNFINISHED / final.name
+        self._saving = True
+        try:
+            with failing_together():
+                super()._save_checkpoint(model, trial)
+                torch.save(progress_of(self), staged / progress_file(self))
+            with failing_together():
+                size = self._publish_checkpoint(staged, final) if self.args.should_save else 0
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(staged, ignore_errors=True)
+            last = checkpoint.last_checkpoint(run_dir)
+            raise checkpoint.CheckpointError(
+                f"the checkpoint of step {self.state.global_step} could not be written to {str(run_dir)!r}: "
+                f"{str(error).splitlines()[0]}. Free some space there; the same command goes on from "
+                f"{'the start' if last is None else last.name}"
+            ) from error
+        finally:
+            self._saving = False
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        with failing_together():
+            if self.args.should_save and self.state.global_step < self.state.max_steps:
+                checkpoint.check_room(run_dir, size, f"stopped after saving {final.name}, so nothing is lost")
+
+    def _publish_checkpoint(self, staged: Path, final: Path) -> int:
+        """Complete, seal and name a checkpoint that all processes have written; its bytes."""
+        if self.state.best_model_checkpoint == str(staged):
+            self.state.best_model_checkpoint = str(final)
+            self.state.save_to_json(str(staged / checkpoint.STATE))
+        for write in self.checkpoint_writers:
+            write(staged)
+        size = checkpoint.seal(staged)
+        checkpoint.publish(staged, final)
+        checkpoint.rotate(final.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+        return size
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._saving:  # one that has its name, since the upload goes on in the background
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _load_rng_state(self, folder: str | None) -> None:
+        super()._load_rng_state(folder)
+        if folder is not None:
+            restore_progress(self, Path(folder))
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluation always starts from a fresh sync: weights may have moved without a step (best model loaded)."""
         self._last_loaded_step = -1
@@ -196,6 +312,8 @@ def check_settings(args: GRPOConfig | None, peft_config: PeftConfig | None) -> N
         faults.append(f"sync_probe_every={args.sync_probe_every} must be at least 1")
     if getattr(args, "sync_audit_every", 1) < 0:
         faults.append(f"sync_audit_every={args.sync_audit_every} must be 0 (never) or more")
+    if "seed" in (getattr(args, "generation_kwargs", None) or {}):
+        faults.append("generation_kwargs names a seed, with which all completions of a prompt are the same: set `seed`")
     if (rounding := getattr(args, "fold_rounding", "nearest")) not in ROUNDINGS:
         faults.append(f"fold_rounding={rounding!r} must be one of {', '.join(ROUNDINGS)}")
     if faults:
@@ -254,7 +372,8 @@ def take_over(trainer: GRPOTrainer) -> Any:
     import trl
 
     generation = getattr(trainer, "vllm_generation", None)
-    missing = [f"GRPOTrainer.{name}" for name in ("_last_loaded_step", "_metrics") if not hasattr(trainer, name)]
+    private = ("_last_loaded_step", "_metrics", "_logs", "_step", "_buffered_inputs")
+    missing = [f"GRPOTrainer.{name}" for name in private if not hasattr(trainer, name)]
     missing += [
         f"VLLMGeneration.{name}"
         for name in ("sync_weights", "generate", "enable_sleep_mode", "mode")
@@ -268,6 +387,74 @@ def take_over(trainer: GRPOTrainer) -> Any:
             "version, or bring fura_rl/trainer.py up to the new layout"
         )
     return generation
+
+
+def progress_file(trainer: GRPOTrainer) -> str:
+    return f"grpo_state_{trainer.args.process_index}.pt"
+
+
+def progress_of(trainer: FuraGRPOTrainer) -> dict[str, Any]:
+    """What transformers' checkpoint lacks of a process's place in a run, as tensors and plain values.
+
+    The rollouts that are still to be trained on, where a checkpoint falls between two generations; what has been
+    gathered since the last log; and the version of the engine's weights, which seeds their stochastic rounding.
+    """
+    between = trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) != 0
+    synced = trainer.use_vllm and trainer._last_loaded_step == trainer.state.global_step  # resuming syncs it once more
+    logs = {name: queues for name, queues in trainer._logs.items() if name != "images"}
+    return {
+        "processes": trainer.accelerator.num_processes,
+        "micro_step": trainer._step,
+        "buffered_inputs": trainer._buffered_inputs if between else None,
+        "sync_version": trainer.weight_sync.version - synced if trainer.use_vllm else 0,
+        "loss": float(trainer._tr_loss),
+        "total_loss": float(trainer._total_loss_scalar),
+        "last_logged_step": trainer._globalstep_last_logged,
+        "metrics": json.dumps(trainer._metrics["train"], default=float),
+        "logs": json.dumps(logs, default=lambda value: list(value) if isinstance(value, deque) else str(value)),
+    }
+
+
+def restore_progress(trainer: FuraGRPOTrainer, folder: Path) -> None:
+    """Put a process where `progress_of` has found it."""
+    file = folder / progress_file(trainer)
+    state = torch.load(file, map_location=trainer.accelerator.device, weights_only=True) if file.is_file() else None
+    if state is None or state["processes"] != trainer.accelerator.num_processes:
+        logger.warning(
+            "%s was not saved by FuraGRPOTrainer in as many processes: the run goes on from its weights and optimizer, "
+            "but not exactly as it would have gone on uninterrupted",
+            folder,
+        )
+        return
+    trainer._step, trainer._buffered_inputs = state["micro_step"], state["buffered_inputs"]
+    trainer._tr_loss.fill_(state["loss"])
+    trainer._total_loss_scalar, trainer._globalstep_last_logged = state["total_loss"], state["last_logged_step"]
+    trainer._metrics["train"].update(json.loads(state["metrics"]))
+    for name, values in json.loads(state["logs"]).items():
+        queues = {None: values} if isinstance(values, list) else values
+        for column, items in queues.items():
+            (trainer._logs[name] if column is None else trainer._logs[name][column]).extend(items)
+    if trainer.use_vllm:
+        trainer.weight_sync.version = state["sync_version"]
+        trainer._last_loaded_step = -1
+
+
+class OrderOfEpoch(TrainerCallback):
+    """Prompts in the order of the epoch, also where a resumed run starts with it.
+
+    TRL's sampler draws the order of an epoch with the generator as the epoch before has left it.
+    """
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.sampler.shuffle:
+            self.sampler.generator.manual_seed(self.sampler.seed)
+            for _ in range(int(state.epoch or 0)):
+                torch.randperm(self.sampler.num_samples, generator=self.sampler.generator)
 
 
 def keep_core_dtype(policy: nn.Module) -> None:

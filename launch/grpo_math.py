@@ -27,6 +27,7 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         arguments = parse_arguments(argv, default_config=str(QUICKSTART_CONFIG))
+        from fura_rl.checkpoint import CheckpointError
         from fura_rl.run import die_with_parent, finish, prepare_run, train
 
         die_with_parent()
@@ -34,7 +35,11 @@ def main(argv: list[str]) -> int:
     except (ValueError, TypeError, OSError, NotImplementedError) as error:  # what bad settings raise, before training
         print(f"error: {error}", file=sys.stderr)
         return 2
-    train(run)
+    try:
+        train(run)
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     code = finish(run)
     if run.trainer.accelerator.num_processes > 1:
         run.trainer.accelerator.end_training()  # a process group that is left open aborts some processes at their exit

@@ -19,12 +19,11 @@ CELL, RESULT = "cell.json", "result.json"
 def main(folder: Path) -> int:
     from fura_rl.config import parse_arguments
     from fura_rl.report import write_json
-    from fura_rl.run import die_with_parent, last_checkpoint, prepare_run, summarize, train
+    from fura_rl.run import die_with_parent, prepare_run, summarize, train
 
     die_with_parent(launched=True)
     request = json.loads((folder / CELL).read_text())
     arguments = parse_arguments(request["options"])
-    arguments.training.resume_from_checkpoint = last_checkpoint(Path(arguments.training.output_dir))
     run = prepare_run(arguments)
     train(run)
     if run.interrupt.received is not None:

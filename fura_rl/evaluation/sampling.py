@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from fura_rl.data import encode_prompts
 from fura_rl.evaluation.estimators import pass_at_k
+from fura_rl.randomness import drawing_from
 from rewards import Item, grade
 
 if TYPE_CHECKING:
@@ -80,9 +79,8 @@ def evaluate(
 ) -> Evaluation:
     """Sample `sampling.n` completions for every prompt and grade each with the reward's own grader.
 
-    The same seed gives the same samples; the caller's random state is left as it was.  The engine of this process
-    draws from torch's global generator: a seed per request fails on CPU where a prompt is prefilled in chunks (vLLM
-    0.31 asks the CPU generator for an offset).  `first_problem` is the index of the first prompt in the benchmark.
+    The same seed gives the same samples; the caller's random state is left as it was (see `randomness`).
+    `first_problem` is the index of the first prompt in the benchmark.
 
     Raises:
         ValueError: where there are no prompts, or their number differs from that of the golds.
@@ -99,8 +97,7 @@ def evaluate(
         stop_token_ids=stop_token_ids,
     )
     requests = [{"prompt_token_ids": ids} for ids in encode_prompts(prompts, tokenizer)]
-    with torch.random.fork_rng():
-        torch.manual_seed(sampling.seed)
+    with drawing_from(sampling.seed):
         outputs = llm.generate(requests, params, use_tqdm=progress)
     drawn = [
         (problem, index, gold, completion)

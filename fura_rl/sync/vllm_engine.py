@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fura_rl.randomness import drawing_from
 from fura_rl.sync.audit import KernelReply
 from fura_rl.sync.engine import Push, Update, rounding_generator
 from fura_rl.sync.factors import Span
@@ -76,7 +77,11 @@ class InProcessEngine:
         return [self.model.kernel_replies(spans)]
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> torch.Tensor:
-        return prompt_logprobs(self.llm, token_ids)
+        """Leaves no trace: neither in the generators of this process nor in the engine's cache."""
+        with drawing_from(0):
+            logprobs = prompt_logprobs(self.llm, token_ids)
+        self.llm.reset_prefix_cache()
+        return logprobs
 
 
 def cpu_cache_settings(memory_utilization: float) -> dict[str, int]:

@@ -140,7 +140,8 @@ class WeightSync:
         for module in model.modules():
             keep_layout(module)
         self.score = score
-        self.version = 0
+        self.version = 0  # of the last sync; a resumed run goes on counting from its checkpoint
+        self._first = True  # nothing has reached the engine yet
         self._previous_logprobs: torch.Tensor | None = None
         self.weights = self._current_weights()
         if engine.dtype == torch.float16:
@@ -179,17 +180,18 @@ class WeightSync:
         chosen = [
             weight
             for weight in self.weights.values()
-            if everything or weight.trained or (self.version == 0 and weight.quantized is not None)
+            if everything or weight.trained or (self._first and weight.quantized is not None)
         ]
         watch = UpdateWatch(self)
-        audited = self.audit_every and self.version % self.audit_every == 0 and not self.follows
+        audited = self.audit_every and (self._first or self.version % self.audit_every == 0) and not self.follows
         with failing_together():
             push = self._push(chosen, watch)
             clock.append(time.perf_counter())
             gains = self._audit(chosen) if audited else {}
             clock.append(time.perf_counter())
         self.version += 1
-        gap = self._probe() if (self.version - 1) % self.probe_every == 0 else None
+        gap = self._probe() if self._first or (self.version - 1) % self.probe_every == 0 else None
+        self._first = False
         clock.append(time.perf_counter())
         _, auditing, probing = (after - before for before, after in itertools.pairwise(clock))
         return SyncReport(

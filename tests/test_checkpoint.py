@@ -1,0 +1,194 @@
+"""Checkpoints are whole or not there, whatever was killed, torn or full."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import SequentialSampler
+from transformers import TrainerControl, TrainerState
+from trl.trainer.utils import RepeatSampler
+
+from fura_rl import checkpoint
+from fura_rl.config import DATACLASSES
+from fura_rl.randomness import drawing_from, rollout_seed
+from fura_rl.trainer import OrderOfEpoch
+
+
+def staged(output_dir, step, *, sealed=True, content="weights"):
+    folder = output_dir / checkpoint.UNFINISHED / f"checkpoint-{step}"
+    (folder / "shards").mkdir(parents=True)
+    (folder / "shards" / "model.bin").write_text(content)
+    (folder / checkpoint.STATE).write_text("{}")
+    if sealed:
+        checkpoint.seal(folder)
+    return folder
+
+
+def written(output_dir, step, **options):
+    final = output_dir / f"checkpoint-{step}"
+    checkpoint.publish(staged(output_dir, step, **options), final)
+    return final
+
+
+def names(output_dir):
+    return [path.name for path in checkpoint.checkpoints(output_dir)]
+
+
+def test_the_newest_whole_checkpoint_is_found_by_its_number(tmp_path):
+    assert checkpoint.last_checkpoint(tmp_path) is None
+    for step in (9, 10, 100):
+        written(tmp_path, step)
+    (tmp_path / "checkpoint-best").mkdir()
+    assert checkpoint.last_checkpoint(tmp_path).name == "checkpoint-100"
+
+
+@pytest.mark.parametrize("fault", ["truncated", "missing", "state", "empty", "seal"])
+def test_a_torn_checkpoint_is_passed_over(tmp_path, fault, caplog):
+    written(tmp_path, 1)
+    torn = written(tmp_path, 2)
+    if fault == "truncated":
+        os.truncate(torn / "shards" / "model.bin", 3)
+    elif fault == "missing":
+        (torn / "shards" / "model.bin").unlink()
+    elif fault == "state":
+        os.truncate(torn / checkpoint.STATE, 1)
+    elif fault == "seal":
+        os.truncate(torn / checkpoint.SEAL, 5)
+    else:
+        for path in (torn / checkpoint.STATE, torn / checkpoint.SEAL):
+            path.unlink()
+    assert checkpoint.last_checkpoint(tmp_path).name == "checkpoint-1"
+    assert "checkpoint-2" in caplog.text
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        checkpoint.whole(tmp_path, str(torn))
+    assert checkpoint.whole(tmp_path, True).name == "checkpoint-1"
+
+
+def test_what_a_kill_leaves_is_finished_or_removed(tmp_path):
+    written(tmp_path, 1)
+    staged(tmp_path, 2)  # killed between seal and rename
+    staged(tmp_path, 3, sealed=False)  # killed while it was written
+    (tmp_path / checkpoint.UNFINISHED / "discarded-checkpoint-0").mkdir()  # killed while it was deleted
+    checkpoint.clear_leftovers(tmp_path)
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+    assert not (tmp_path / checkpoint.UNFINISHED).exists()
+
+
+def test_a_step_that_is_saved_again_replaces_the_older_checkpoint(tmp_path):
+    written(tmp_path, 1, content="old")
+    final = written(tmp_path, 1, content="new and longer")
+    assert (final / "shards" / "model.bin").read_text() == "new and longer"
+    assert checkpoint.damage(final) is None
+
+
+def test_the_limit_never_takes_the_only_whole_checkpoint(tmp_path):
+    for step in (1, 2, 3):
+        written(tmp_path, step)
+    os.truncate(tmp_path / "checkpoint-3" / "shards" / "model.bin", 1)
+    checkpoint.rotate(tmp_path, 1)
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-3"]
+    assert checkpoint.last_checkpoint(tmp_path).name == "checkpoint-2"
+
+
+def test_the_limit_keeps_the_newest_and_the_best(tmp_path):
+    for step in (1, 2, 3, 4):
+        written(tmp_path, step)
+    checkpoint.rotate(tmp_path, 2, protected=str(tmp_path / "checkpoint-1"))
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
+    checkpoint.rotate(tmp_path, None)
+    assert len(names(tmp_path)) == 3
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_by_name(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"output_dir=.*file/run.*cannot be written to"):
+        checkpoint.check_output_dir(tmp_path / "file" / "run")
+    checkpoint.check_output_dir(tmp_path / "new" / "run")
+    assert list((tmp_path / "new" / "run").iterdir()) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 256 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True, check=False)
+    if made.returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_full_disk_is_refused_before_the_first_step(small_disk):
+    checkpoint.check_output_dir(small_disk / "run")
+    with pytest.raises(checkpoint.CheckpointError, match=r"0\.3 MB free.*10\.0 MB: nothing"):
+        checkpoint.check_room(small_disk, 10_000_000, "nothing has been trained")
+    (small_disk / "filler").write_bytes(b"\0" * 250_000)
+    with pytest.raises(ValueError, match="No space left on device"):
+        checkpoint.check_output_dir(small_disk / "run")
+
+
+def test_only_settings_of_numbers_are_compared():
+    recorded = checkpoint.plain({"learning_rate": 1e-3, "output_dir": "a", "adapter_kwargs": {"block_size": (1, 2)}})
+    now = {"learning_rate": 2e-3, "output_dir": "b", "adapter_kwargs": {"block_size": (1, 2)}}
+    assert checkpoint.changed_settings(recorded, now) == {"learning_rate": (1e-3, 2e-3)}
+    assert checkpoint.changed_settings(recorded | {"seed": 1}, now | {"learning_rate": 1e-3}) == {"seed": (1, None)}
+
+
+def test_the_settings_that_are_not_compared_exist():
+    known = {field.name for cls in DATACLASSES for field in dataclasses.fields(cls)}
+    assert known >= checkpoint.SETTINGS_OF_NO_NUMBER
+
+
+def test_draws_come_from_the_seed_alone_and_leave_the_callers_generators_alone():
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    expected = draw()
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(1), np.random.seed(1), random.seed(1)
+        with drawing_from(2**47 + 5):
+            drawn.append(draw())
+            draw()
+        assert draw() == expected
+        torch.rand(3)
+    assert drawn[0] == drawn[1]
+
+
+def test_every_place_in_a_run_has_its_own_rollout_seed():
+    places = [
+        {"seed": seed, "step": step, "call": call, "training": training, "engine": engine}
+        for seed in (0, 1)
+        for step in range(5)
+        for call in (0, 1)
+        for training in (True, False)
+        for engine in (0, 1, 2)
+    ]
+    seeds = {rollout_seed(**place) for place in places}
+    assert len(seeds) == len(places)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert rollout_seed(**places[0]) == rollout_seed(**places[0])
+
+
+def test_a_resumed_epoch_has_the_order_of_the_epoch():
+    def sampler():
+        return RepeatSampler(range(20), mini_repeat_count=2, batch_size=4, seed=5)
+
+    straight, control = sampler(), TrainerControl()
+    orders = [list(straight) for _ in range(3)]  # one epoch after another, as TRL draws them
+    assert orders[0] != orders[1]
+    for epoch, order in enumerate(orders):
+        resumed = sampler()
+        OrderOfEpoch(resumed).on_epoch_begin(None, TrainerState(epoch=epoch + 0.3 * (epoch > 0)), control)
+        assert list(resumed) == order
+    unshuffled = RepeatSampler(range(4), mini_repeat_count=1, shuffle=False)
+    OrderOfEpoch(unshuffled).on_epoch_begin(None, TrainerState(epoch=1), control)
+    assert list(unshuffled) == list(SequentialSampler(range(4)))

@@ -1,0 +1,165 @@
+"""A run that is killed and started again by the same command is the run that was never killed, bit for bit.
+
+FURA_KILLS=10 python -m pytest tests/test_resume.py -k random_moments     ten kills instead of CI's three
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+
+KILLS = int(os.environ.get("FURA_KILLS", "3"))
+STEPS = 12
+PATIENCE = 300  # seconds until a run must have come up
+
+# A generation serves 4 steps, an epoch has 8, a log covers 2, and every step is saved: also between all of these.
+SETTINGS = [
+    *("--model_name_or_path", "quickstart", "--prompt_template", "{problem}", "--dtype", "float32", "--bf16", "false"),
+    *("--max_steps", str(STEPS), "--learning_rate", "5e-3", "--num_generations", "4", "--beta", "0.0"),
+    *("--per_device_train_batch_size", "8", "--steps_per_generation", "2", "--num_iterations", "2"),
+    *("--max_completion_length", "16", "--use_vllm", "true", "--vllm_gpu_memory_utilization", "0.1"),
+    *("--vllm_max_model_length", "96", "--gradient_checkpointing", "false", "--report_to", "none", "--seed", "3"),
+    *("--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "2", "--logging_steps", "2"),
+    *("--log_completions", "true", "--num_completions_to_print", "1"),
+]
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    """Twelve steps on ten problems, of which an epoch takes eight, in an order of its own."""
+    data = folder.parent / "problems.jsonl"
+    if not data.exists():
+        rows = [{"problem": f"{11 * a}+{7 * b}=", "answer": str(11 * a + 7 * b)} for a in range(1, 6) for b in (3, 5)]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [*SETTINGS, "--dataset_name", str(data), "--output_dir", str(folder), *more]
+
+
+def launch(argv: list[str], log: Path) -> None:
+    """In a process of its own: launch/grpo_math.py, with what it prints in `log`."""
+    import runpy
+    import sys
+
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    script = Path(__file__).resolve().parent.parent / "launch" / "grpo_math.py"
+    sys.argv = [str(script), *argv]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+@pytest.fixture(scope="module")
+def server() -> Any:
+    """Starts processes from one that has only imported what a run needs: half of a start is imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fura_rl.run", "vllm", "trl.trainer.grpo_trainer"])
+    return context
+
+
+class Launched:
+    """A run in another process."""
+
+    def __init__(self, context: Any, folder: Path, *more: str) -> None:
+        self.folder, self.log = folder, folder.parent / f"{folder.name}.txt"
+        self.ready = folder / "resolved_config.yaml"  # written when everything is loaded
+        self.ready.unlink(missing_ok=True)
+        self.process = context.Process(target=launch, args=(command(folder, *more), self.log))
+        self.process.start()
+
+    def wait_until_ready(self) -> float:
+        deadline = time.monotonic() + PATIENCE
+        while not self.ready.exists():
+            assert self.process.is_alive(), self.said()
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.02)
+        return time.monotonic()
+
+    def finish(self) -> float:
+        """Seconds of training."""
+        started = self.wait_until_ready()
+        self.process.join(PATIENCE)
+        assert self.process.exitcode == 0, self.said()
+        return time.monotonic() - started
+
+    def kill_after(self, seconds: float) -> bool:
+        """SIGKILL `seconds` after it is ready; False where it was finished by then."""
+        self.wait_until_ready()
+        self.process.join(seconds)
+        killed = self.process.is_alive()
+        self.process.kill()
+        self.process.join()
+        return killed
+
+    def said(self) -> str:
+        return self.log.read_text()[-4000:]
+
+
+def timeless(entry: dict[str, Any]) -> dict[str, Any]:
+    """A log entry without wall times and without how often the engine was probed: each start probes it once."""
+    skipped = ("seconds", "time", "runtime", "per_second", "probe_max_gap")
+    return {key: value for key, value in entry.items() if not key.endswith(skipped)}
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """Everything of a finished run that must be the same in every bit."""
+    last = folder / f"checkpoint-{STEPS}"
+    state = json.loads((last / "trainer_state.json").read_text())
+    return {
+        "policy": load_file(folder / "adapter_model.safetensors"),
+        "optimizer": torch.load(last / "optimizer.pt", weights_only=True),
+        "scheduler": torch.load(last / "scheduler.pt", weights_only=True),
+        "generators": torch.load(last / "rng_state.pth", weights_only=False),
+        "history": [timeless(entry) for entry in state["log_history"]],
+        "tokens": state["num_input_tokens_seen"],
+        "rollouts": {
+            file.name: pd.read_parquet(file).to_dict("list") for file in sorted((folder / "completions").glob("*"))
+        },
+    }
+
+
+def different(a: Any, b: Any, path: str = "") -> list[str]:
+    """Where two outcomes differ; tensors in any bit."""
+    if isinstance(a, dict):
+        missing = [f"{path}/{key} in one only" for key in a.keys() ^ b.keys()]
+        return missing + [line for key in a.keys() & b.keys() for line in different(a[key], b[key], f"{path}/{key}")]
+    if isinstance(a, list | tuple):
+        if len(a) != len(b):
+            return [f"{path}: {len(a)} and {len(b)} items"]
+        return [line for i, (x, y) in enumerate(zip(a, b, strict=True)) for line in different(x, y, f"{path}/{i}")]
+    if isinstance(a, torch.Tensor):
+        return [] if torch.equal(a, b) else [f"{path}: differ by up to {(a.double() - b.double()).abs().max():.3g}"]
+    same = (a == b) if not hasattr(a, "shape") else bool((a == b).all())
+    return [] if same or (a != a and b != b) else [f"{path}: {str(a)[:60]} and {str(b)[:60]}"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(server, tmp_path_factory) -> tuple[dict[str, Any], float]:
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    seconds = Launched(server, folder).finish()
+    return outcome(folder), seconds
+
+
+def test_a_run_killed_at_random_moments_is_the_run_that_was_not(server, uninterrupted, tmp_path):
+    expected, seconds = uninterrupted
+    moments = random.Random(os.environ.get("FURA_KILL_SEED", "0"))
+    folder = tmp_path / "run"
+    kills, told = 0, []
+    while kills < KILLS:
+        moment = moments.uniform(0, seconds * min(1, 2 / KILLS))
+        if Launched(server, folder).kill_after(moment):
+            kills += 1
+        told.append((round(moment, 2), sorted(path.name for path in folder.iterdir())))
+    Launched(server, folder).finish()
+    assert different(expected, outcome(folder)) == [], told
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-11", f"checkpoint-{STEPS}"]
+    assert not (folder / "_unfinished").exists()
