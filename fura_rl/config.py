@@ -65,7 +65,17 @@ class MathScriptArguments(ScriptArguments):
     system_prompt: str | None = field(default=None, metadata={"help": "System message before the problem."})
     eval_problems: int = field(
         default=0,
-        metadata={"help": "Held-out problems of the test split to score before and after training; 0 for none."},
+        metadata={
+            "help": "Held-out problems to score before and after training (of dataset_test_split), and during it where "
+            "eval_strategy asks for that; 0 for none."
+        },
+    )
+    dataset_eval_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split that eval_strategy scores during training, and by which metric_for_best_model (e.g. pass@1) "
+            "chooses a checkpoint; default: dataset_test_split."
+        },
     )
     eval_samples: int = field(default=8, metadata={"help": "Samples a held-out problem for pass@k, beside greedy."})
     dry_run: bool = field(
@@ -79,9 +89,9 @@ class MathScriptArguments(ScriptArguments):
                 self.adapter_kwargs = json.loads(self.adapter_kwargs)
             except json.JSONDecodeError as error:
                 raise ValueError(f"adapter_kwargs={self.adapter_kwargs!r} is not JSON: {error}") from error
-        for name in ("eval_problems", "eval_samples"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        for name, least in (("eval_problems", 0), ("eval_samples", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
 
 
 @dataclass(frozen=True)
@@ -120,7 +130,8 @@ HELP_GROUPS = {
         "sync_audit_every", "fold_rounding", "sync_mode", "vllm_server_base_url",
     ),
     "Run": (
-        "output_dir", "seed", "bf16", "save_steps", "resume_from_checkpoint", "report_to", "log_completions", "dry_run",
+        "output_dir", "seed", "bf16", "save_steps", "eval_strategy", "eval_steps", "metric_for_best_model",
+        "load_best_model_at_end", "resume_from_checkpoint", "report_to", "log_completions", "dry_run",
     ),
 }  # fmt: skip
 
@@ -128,7 +139,7 @@ HELP_GROUPS = {
 # A dry run takes one short step on whatever machine it finds.
 DRY_RUN_OVERRIDES = [
     *("--max_steps", "1"),
-    *("--eval_problems", "0"),
+    *("--eval_problems", "0", "--eval_strategy", "no", "--load_best_model_at_end", "false"),
     *("--max_completion_length", "32"),
     *("--vllm_max_model_length", "256"),
     *("--vllm_gpu_memory_utilization", "0.1"),

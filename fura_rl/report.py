@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class RunSummary:
     before: Scores | None
     after: Scores | None
     rewards: list[float]  # mean reward of every logged step
+    evaluations: list[tuple[int, float]] = field(default_factory=list)  # (step, held-out pass@1) during training
 
 
 def environment() -> dict[str, Any]:
@@ -135,6 +136,8 @@ def plot_rewards(path: Path, rewards: Sequence[float], summary: RunSummary) -> N
         axes.plot(
             [0, len(rewards)], ends, "o", color="C3", markersize=7, clip_on=False, label="held-out greedy accuracy"
         )
+    if summary.evaluations:
+        axes.plot(*zip(*summary.evaluations, strict=True), "s-", color="C2", markersize=4, label="held-out pass@1")
     axes.set(xlabel="GRPO step", ylabel="reward", ylim=(0, 1.02), xlim=(0, max(1, len(rewards))))
     axes.set_title(f"{summary.adapter}: reward during training", loc="left")
     axes.grid(alpha=0.3)

@@ -33,6 +33,7 @@ from fura_rl import checkpoint
 from fura_rl.adapters.fura_config import FuraConfig
 from fura_rl.adapters.fura_tuner import restore_core_dtype
 from fura_rl.data import encode_prompts
+from fura_rl.evaluation.held_out import HeldOut, metric_faults
 from fura_rl.randomness import drawing_from, rollout_seed
 from fura_rl.rollout_client import TRANSPORTS, RolloutClient, ServerSampler, client_factory
 from fura_rl.sync import probe
@@ -54,7 +55,11 @@ class FuraGRPOTrainer(GRPOTrainer):
 
     Takes TRL's arguments unchanged; `peft_config` is any PEFT config, or None for full fine-tuning, and `args` a
     `GRPOConfig` or `FuraGRPOConfig`.  Logs `sync/*` at every sync and keeps `phase_seconds`, the wall time of the
-    rollout, reward and sync phases.
+    rollout, reward, sync and evaluation phases.
+
+    Where `held_out` is given, transformers' `eval_strategy`, `eval_steps` and `eval_on_start` evaluate it in place of
+    TRL's loop over `eval_dataset` (which transformers wants all the same): `eval_greedy`, `eval_pass@1`, ... are
+    logged, and `metric_for_best_model`, `load_best_model_at_end` and `save_strategy="best"` go by them.
 
     A run that was killed and goes on from its last checkpoint reaches what an uninterrupted one reaches, bit for bit on
     the same machine with the engine in its process.  `checkpoint_writers` are called with the folder of each checkpoint
@@ -74,9 +79,11 @@ class FuraGRPOTrainer(GRPOTrainer):
         reward_funcs: Any = None,
         args: GRPOConfig | None = None,
         peft_config: PeftConfig | None = None,
+        held_out: HeldOut | None = None,
         **kwargs: Any,
     ) -> None:
-        check_settings(args, peft_config)
+        check_settings(args, peft_config, held_out)
+        self.held_out = held_out
         self.phase_seconds: dict[str, float] = defaultdict(float)
         self.sync_reports: list[SyncReport] = []
         self.checkpoint_writers: list[Callable[[Path], None]] = []
@@ -287,19 +294,49 @@ class FuraGRPOTrainer(GRPOTrainer):
         if folder is not None:
             restore_progress(self, Path(folder))
 
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """pass@k of `held_out` on the live engine, freshly synced; TRL's own evaluation where there is none.
+
+        Training goes on as if nothing had happened: random states, the engine's cache, what TRL has gathered for the
+        next log entry, and a sleeping engine's sleep are as they were.
+        """
+        if self.held_out is None:
+            return super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self.sync_weights()
+        scores = self._timed("evaluation", self._score_held_out)()
+        metrics = {f"{metric_key_prefix}_{measure}": value for measure, value in scores.items()}
+        super(GRPOTrainer, self).log(metrics)  # TRL's own would pour its half-gathered training metrics in
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _score_held_out(self) -> dict[str, float]:
+        """The same figures in every process, from the one that has an engine."""
+        generation, llm = self.vllm_generation, self.sampler
+        scores = [None if llm is None else self.held_out.score(llm)]
+        if llm is not None:
+            llm.reset_prefix_cache()
+        if generation.mode == "colocate" and generation.enable_sleep_mode:
+            generation.llm.sleep(level=2)
+            generation._llm_weights_sleeping = True
+            self._last_loaded_step = -1  # sleep discards the weights: the next rollout syncs again
+        broadcast_object_list(scores, from_process=0)
+        return scores[0]
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluation always starts from a fresh sync: weights may have moved without a step (best model loaded)."""
         self._last_loaded_step = -1
         return super().evaluation_loop(*args, **kwargs)
 
 
-def check_settings(args: GRPOConfig | None, peft_config: PeftConfig | None) -> None:
-    """Refuse, before anything is loaded, what the sync cannot do.
+def check_settings(args: GRPOConfig | None, peft_config: PeftConfig | None, held_out: HeldOut | None = None) -> None:
+    """Refuse, before anything is loaded, what the sync or the evaluation cannot do.
 
     Raises:
         ValueError: with every fault at once.
     """
     faults = [] if args is None else sharding_faults(args, peft_config)
+    if held_out is not None:
+        faults += metric_faults(getattr(args, "metric_for_best_model", None), held_out)
     if (transport := getattr(args, "sync_transport", "auto")) not in TRANSPORTS:
         faults.append(f"sync_transport={transport!r} must be one of {', '.join(TRANSPORTS)}")
     if (mode := getattr(args, "sync_mode", "auto")) not in SYNC_MODES:

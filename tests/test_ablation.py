@@ -40,6 +40,7 @@ settings: {{max_steps: 2, per_device_train_batch_size: 32}}
 scoring: {{max_problems: 20, num_samples: 4, k: [1, 4]}}
 """
 ENVIRONMENT = {"versions": {"torch": "1"}, "commit": "abc", "device": "cpu", "cpu_threads": 2}
+CELL_ENVIRONMENT = {"versions": {"torch": "2.9"}, "commit": "cafe", "device": "a machine", "cpu_threads": 3}
 
 
 def write(folder, text=SPEC):
@@ -108,7 +109,7 @@ def test_specs_without_meaning_are_refused(old, new, message, tmp_path):
         load_spec(write(tmp_path, SPEC.replace(old, new)))
 
 
-def fake_cell(output, cell, right, validation, rewards):
+def fake_cell(output, cell, right, validation, rewards, **measured):
     """The raw files of a finished cell: `right[p]` of the four samples of problem p are correct."""
     folder = output / cell.name
     test = RunFolder.open(folder / "test", {"benchmark": "quickstart"}, {})
@@ -123,9 +124,23 @@ def fake_cell(output, cell, right, validation, rewards):
     result = {
         "trained_parameters": 10, "steps": 2, "steps_timed": 2, "phase_seconds": {"rollout": 4.0, "train": 2.0},
         "peak_memory_gib": 1.5, "payload_bytes": 4000, "rewards": rewards, "lengths": [], "probe_max_gap": 0.0,
-        "scores": {"validation": {"scores": {"pass@1": {"mean": validation}}}},
+        "scores": {"validation": {"scores": {"pass@1": {"mean": validation}}}}, **measured,
     }  # fmt: skip
+    (folder / "run").mkdir()
+    (folder / "run" / "environment.json").write_text(json.dumps(CELL_ENVIRONMENT))
     (folder / RESULT).write_text(json.dumps(result))
+
+
+def measurements(kl, cosines):
+    """What a cell measures of its trained policy."""
+    spectrum = [1.0, 0.5, kl / 10]
+    update = {"modules": 2, "relative_size": 0.02, "stable_rank": 3.5, "overlap": 0.25, "chance": 0.0625}
+    return {
+        "update_cosines": cosines,
+        "evaluations": [[0, 0.2], [2, 0.2 + kl / 10]],
+        "divergence": {"per_token": kl / 20, "per_completion": kl, "completions": 3},
+        "update": update | {"spectrum": spectrum, "base_spectrum": [1.0, 0.8, 0.6]},
+    }
 
 
 @pytest.fixture
@@ -135,7 +150,8 @@ def finished(tmp_path):
     right = {0.001: ([4, 4, 4], [4, 4, 4]), 0.003: ([2, 4, 0], [4, 4, 2])}
     for rate, validation in ((0.001, 0.3), (0.003, 0.6)):
         for seed in (0, 1):
-            fake_cell(output, Cell("fura", rate, seed), right[rate][seed], validation, [0.1, 0.2 + seed / 10])
+            rewards, measured = [0.1, 0.2 + seed / 10], measurements(kl=0.5 + seed, cosines=[1.0, 0.9 - seed / 10])
+            fake_cell(output, Cell("fura", rate, seed), right[rate][seed], validation, rewards, **measured)
     fake_cell(output, Cell("lora-wide", 0.001, 0), [0, 4, 0], 0.5, [0.1, 0.2])
     fake_cell(output, Cell("lora-wide", 0.001, 1), [2, 4, 0], 0.5, [0.1, 0.2])
     return spec, output
@@ -157,6 +173,14 @@ def test_the_table_is_what_the_raw_files_say(finished):
     assert fura.seed_deviation["pass@1"] == pytest.approx(statistics.stdev([6 / 12, 10 / 12]))
     assert fura.phase_seconds_per_step == {"rollout": 2.0, "train": 1.0}
     assert (results.failed, results.unfinished) == ({}, [])
+    assert fura.kl_per_completion == {"mean": 1.0, "deviation": pytest.approx(statistics.stdev([0.5, 1.5]))}
+    assert fura.kl_per_token["mean"] == pytest.approx(0.05)
+    assert fura.update_cosine["mean"] == pytest.approx(statistics.fmean([0.95, 0.9]))
+    assert fura.update["stable_rank"] == {"mean": 3.5, "deviation": 0.0}
+    assert fura.spectrum == pytest.approx([1.0, 0.5, 0.1])
+    assert fura.evaluations == [[[0, 0.2], [2, 0.25]], [[0, 0.2], [2, 0.35]]]
+    assert (lora.kl_per_token, lora.spectrum, lora.update_cosine) == (None, None, None), "run before it was measured"
+    assert results.environments == [CELL_ENVIRONMENT]
 
 
 def two_stage(folder, search_seeds):
@@ -251,12 +275,41 @@ def test_the_report_says_what_the_results_say_and_needs_nothing_else(finished):
         assert f"{line.scores['pass@4']['mean']:.3f} (" in page
     assert not re.search(r"(?:src|href)=['\"](?!data:)", page), "nothing is loaded from elsewhere"
     assert "<script" not in page
-    assert page.count("data:image/png;base64,") == 4
+    titles = ("on the test split", "Reward during", "Held-out pass@1 during", "KL to the base", "Spectra", "by phase")
+    assert page.count("data:image/png;base64,") == 2 * len(titles)
+    for title in titles:
+        assert re.search(rf"<h2>[^<]*{title}", page), title
+        assert re.search(rf"## .*{title}", text), title
+    figures = re.findall(r"!\[.*\]\((figures/.*\.png)\)", text)
+    assert len(figures) == len(titles)
+    assert all((output / figure).read_bytes().startswith(b"\x89PNG") for figure in figures)
+    measured_with = "commit cafe on a machine, 3 threads with torch 2.9; seeds 0, 1; 4 samples a problem"
+    tables = page.count("<table")
+    assert page.count(f"{measured_with}</figcaption>") == tables + len(titles), "under every table and plot"
+    assert text.count(f"{measured_with}*") == tables + len(titles)
+    assert "Config quickstart.yaml" in page
+    assert "0.0500 ± 0.0354" in page, "KL per token"
+    assert "0.250 ± 0.000 (random 0.062)" in text, "overlap"
     assert "prefers-color-scheme: dark" in page
     assert str(output) not in page + text, "no path of this machine"
-    assert "commit abc" in text
     saved = json.loads((output / "results.json").read_text())
     assert saved["lines"][0]["scores"] == results.lines[0].scores
+
+
+def test_what_the_cells_did_not_record_is_left_out_of_the_report(finished):
+    spec, output = finished
+    for file in output.rglob("environment.json"):
+        file.unlink()
+    for file in output.rglob(RESULT):
+        unmeasured = json.loads(file.read_text())
+        for key in measurements(kl=0.0, cosines=[]):
+            unmeasured.pop(key, None)
+        file.write_text(json.dumps(unmeasured))
+    write_report(spec, collect(spec, output), output, ENVIRONMENT)
+    page = (output / "report.html").read_text()
+    assert "commit abc on cpu, 2 threads" in page
+    assert page.count("data:image/png;base64,") == 2 * 3
+    assert "<td>-</td>" in page
 
 
 LIGHT_DARK = {"light": [], "dark": ["--blink-settings=preferredColorScheme=0"]}

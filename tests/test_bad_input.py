@@ -89,7 +89,8 @@ def test_an_unknown_adapter():
         (["--lerning_rate", "1"], r"'lerning_rate' in the command line \(did you mean 'learning_rate'\?\)"),
         (["--config", "/no.yaml"], r"--config '/no.yaml' is not a file"),
         (["--adapter_kwargs", "{block_size: 4}"], r"adapter_kwargs='\{block_size: 4\}' is not JSON"),
-        (["--eval_problems", "-1"], r"eval_problems=-1 must not be negative"),
+        (["--eval_problems", "-1"], r"eval_problems=-1 must be at least 0"),
+        (["--eval_samples", "0"], r"eval_samples=0 must be at least 1"),
     ],
 )
 def test_arguments_are_refused_by_name(options, message):

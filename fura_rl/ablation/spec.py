@@ -182,7 +182,9 @@ def training_options(spec: Spec, cell: Cell, adapter_kwargs: dict[str, Any], out
     for key, value in spec.settings.items():
         options += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     options += ["--adapter", entry.adapter, "--learning_rate", repr(cell.learning_rate), "--seed", str(cell.seed)]
-    options += ["--output_dir", str(output_dir), "--eval_problems", "0"]
+    options += ["--output_dir", str(output_dir)]
+    if "eval_strategy" not in spec.settings:  # held-out accuracy during training is for its curve alone
+        options += ["--eval_problems", "0"]
     return options + (["--adapter_kwargs", json.dumps(adapter_kwargs)] if adapter_kwargs else [])
 
 
