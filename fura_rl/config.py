@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
+from fura_rl.alarms import AlarmSettings
 from fura_rl.grpo_config import FuraGRPOConfig
 
 QUICKSTART = "quickstart"  # the name of the embedded model and of the embedded problems
@@ -118,6 +119,7 @@ HELP_GROUPS = {
         "vllm_enforce_eager", "sync_probe_every", "sync_probe_tolerance",
         "sync_audit_every", "fold_rounding", "sync_mode", "vllm_server_base_url",
     ),
+    "Alarms": tuple(field.name for field in dataclasses.fields(AlarmSettings)),
     "Run": (
         "output_dir", "seed", "bf16", "save_steps", "resume_from_checkpoint", "report_to", "log_completions", "dry_run",
     ),

@@ -22,8 +22,14 @@ from fura_rl.config import QUICKSTART, RunArguments, resolve_model
 from fura_rl.data import load_splits, pick_split, prepare
 from fura_rl.evaluation.sampling import Sampling, evaluate
 from fura_rl.fingerprint import RecordBase, describe_base, record
+from fura_rl.sync.probe import StaleEngineError
+from fura_rl.sync.remote_engine import EngineLostError, RemoteSyncError
+from fura_rl.sync.sharding import PeerFailedError
 from fura_rl.trainer import FuraGRPOTrainer, SaveOnInterrupt
 from rewards import load_reward
+
+# What stops a run by design: the message says what happened and what mends it, so that no traceback is needed.
+STOPS = (FloatingPointError, StaleEngineError, EngineLostError, RemoteSyncError, PeerFailedError)
 
 
 @dataclass

@@ -25,12 +25,14 @@ from trl import GRPOConfig, GRPOTrainer
 
 from fura_rl.adapters.fura_config import FuraConfig
 from fura_rl.adapters.fura_tuner import restore_core_dtype
+from fura_rl.alarms import Alarms, AlarmSettings, importance_cut_frac, refuse_non_finite_rollouts
 from fura_rl.data import encode_prompts
 from fura_rl.rollout_client import TRANSPORTS, RolloutClient, ServerSampler, client_factory
 from fura_rl.sync import probe
 from fura_rl.sync.engine import RolloutEngine
 from fura_rl.sync.remote_engine import Follower
 from fura_rl.sync.rounding import ROUNDINGS
+from fura_rl.sync.sharding import failing_together
 from fura_rl.sync.vllm_engine import InProcessEngine, cpu_cache_settings
 from fura_rl.sync.weight_sync import SYNC_MODES, SyncReport, WeightSync
 
@@ -42,8 +44,8 @@ class FuraGRPOTrainer(GRPOTrainer):
     """GRPO on a vLLM engine that provably serves the policy being trained.
 
     Takes TRL's arguments unchanged; `peft_config` is any PEFT config, or None for full fine-tuning, and `args` a
-    `GRPOConfig` or `FuraGRPOConfig`.  Logs `sync/*` at every sync and keeps `phase_seconds`, the wall time of the
-    rollout, reward and sync phases.
+    `GRPOConfig` or `FuraGRPOConfig`.  Logs `sync/*` at every sync and `alarms/*` with every line, and keeps
+    `phase_seconds`, the wall time of the rollout, reward and sync phases.
 
     Raises:
         ValueError: for settings that this trainer cannot serve, before a model is loaded.
@@ -71,6 +73,8 @@ class FuraGRPOTrainer(GRPOTrainer):
         with trl_builds_with(LLM=self._make_engine, VLLMClient=client):
             super().__init__(model, timed, args, peft_config=peft_config, **kwargs)
         keep_core_dtype(self.accelerator.unwrap_model(self.model))
+        self.alarms = Alarms(self.args if isinstance(self.args, AlarmSettings) else AlarmSettings())
+        self.callback_handler.callbacks.insert(0, self.alarms)  # before the reporters, which shall see its counters
         if self.use_vllm:
             self._take_over_sync()
 
@@ -149,6 +153,22 @@ class FuraGRPOTrainer(GRPOTrainer):
         for name, value in report.metrics().items():
             self._metrics[mode][name].append(value)
         self.phase_seconds["sync"] += time.perf_counter() - started
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's batch, after a look at what TRL passes over: rollout log-probs that are not finite, and how many
+        importance-sampling ratios were masked or clipped."""
+        batch = super()._generate_and_score_completions(inputs)
+        mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+        with failing_together():
+            if "sampling_per_token_logps" in batch:
+                refuse_non_finite_rollouts(batch["sampling_per_token_logps"], mask)
+        if "importance_sampling_ratio" in batch:
+            bounds = self.args.vllm_importance_sampling_clip_min, self.args.vllm_importance_sampling_clip_max
+            share = importance_cut_frac(batch["importance_sampling_ratio"], mask, *bounds)
+            shares = self.accelerator.gather(torch.tensor(share, device=self.accelerator.device))
+            mode = "train" if self.model.training else "eval"
+            self._metrics[mode]["sampling/importance_sampling_ratio/cut_frac"].append(shares.mean().item())
+        return batch
 
     def _score(self, policy: nn.Module, token_ids: Sequence[int]) -> torch.Tensor:
         with self.accelerator.autocast():
@@ -254,7 +274,8 @@ def take_over(trainer: GRPOTrainer) -> Any:
     import trl
 
     generation = getattr(trainer, "vllm_generation", None)
-    missing = [f"GRPOTrainer.{name}" for name in ("_last_loaded_step", "_metrics") if not hasattr(trainer, name)]
+    used = ("_last_loaded_step", "_metrics", "_generate_and_score_completions")
+    missing = [f"GRPOTrainer.{n}" for n in used if n not in vars(trainer) and not hasattr(GRPOTrainer, n)]
     missing += [
         f"VLLMGeneration.{name}"
         for name in ("sync_weights", "generate", "enable_sleep_mode", "mode")

@@ -27,15 +27,19 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         arguments = parse_arguments(argv, default_config=str(QUICKSTART_CONFIG))
-        from fura_rl.run import die_with_parent, finish, prepare_run, train
+        from fura_rl.run import STOPS, die_with_parent, finish, prepare_run, train
 
         die_with_parent()
         run = prepare_run(arguments)
     except (ValueError, TypeError, OSError, NotImplementedError) as error:  # what bad settings raise, before training
         print(f"error: {error}", file=sys.stderr)
         return 2
-    train(run)
-    code = finish(run)
+    try:
+        train(run)
+        code = finish(run)
+    except STOPS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     if run.trainer.accelerator.num_processes > 1:
         run.trainer.accelerator.end_training()  # a process group that is left open aborts some processes at their exit
     return code
