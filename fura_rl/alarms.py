@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 Line = Mapping[str, Any]  # one logged line: name -> number, None where TRL had nothing to average
 NOISE_NATS = 1e-3  # a train/rollout gap below this is rounding, whatever it grew from
+ALMOST_SURE_NATS = 1e-2  # a policy that starts with less entropy a token has none to lose
 UNREADABLE = ("no_answer_frac", "truncated_frac", "unparseable_frac")  # statuses of rewards/result.py
 
 
@@ -149,7 +150,7 @@ def rollout_gap_grows(seen: Seen, settings: AlarmSettings) -> Reading | None:
 
 def entropy_collapses(seen: Seen, settings: AlarmSettings) -> Reading | None:
     start, entropies = mean_at_first(seen, "entropy"), lasting(seen, settings, "entropy")
-    if start is None or not entropies:
+    if start is None or start < ALMOST_SURE_NATS or not entropies:
         return None
     limit = settings.alarm_entropy_frac * start
     return Reading(entropies[-1], limit) if max(entropies) < limit else None
@@ -333,8 +334,8 @@ class Alarms(TrainerCallback):
     ) -> None:
         if logs is None or not is_training_line(logs):
             return
-        # a loss scaler skips the step whose gradient overflows, so there it is no fault
-        if bad := non_finite(logs, ("loss",) if args.fp16 else ("loss", "grad_norm")):
+        # TRL makes the advantages of an infinite reward 0; a loss scaler skips a step whose gradient overflows
+        if bad := non_finite(logs, ("loss", "reward") if args.fp16 else ("loss", "reward", "grad_norm")):
             shown = ", ".join(f"{name} is {logs[name]}" for name in bad)
             raise FloatingPointError(not_finite_message(shown, state.global_step))
         for name, reading in self.note(dict(logs)).items():

@@ -236,6 +236,11 @@ def resolve_model(name: str | None) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"model_name_or_path={name!r} is a folder without config.json, so not a checkpoint")
+        if not any(path.glob("*.safetensors")) and (pickled := sorted(path.glob("*.bin"))):
+            raise ValueError(
+                f"model_name_or_path={name!r} has its weights as pickle ({pickled[0].name}), which runs code when it "
+                "is loaded: convert it to safetensors, with save_pretrained on a machine where you trust it"
+            )
         return str(path)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ValueError(f"model_name_or_path={name!r} does not exist; give a checkpoint folder or a hub id (org/name)")

@@ -22,6 +22,8 @@ from fura_rl.config import QUICKSTART, RunArguments, resolve_model
 from fura_rl.data import load_splits, pick_split, prepare
 from fura_rl.evaluation.sampling import Sampling, evaluate
 from fura_rl.fingerprint import RecordBase, describe_base, record
+from fura_rl.memory import OutOfMemory
+from fura_rl.metrics_file import MetricsFile
 from fura_rl.sync.probe import StaleEngineError
 from fura_rl.sync.remote_engine import EngineLostError, RemoteSyncError
 from fura_rl.sync.sharding import PeerFailedError
@@ -29,7 +31,7 @@ from fura_rl.trainer import FuraGRPOTrainer, SaveOnInterrupt
 from rewards import load_reward
 
 # What stops a run by design: the message says what happened and what mends it, so that no traceback is needed.
-STOPS = (FloatingPointError, StaleEngineError, EngineLostError, RemoteSyncError, PeerFailedError)
+STOPS = (FloatingPointError, OutOfMemory, StaleEngineError, EngineLostError, RemoteSyncError, PeerFailedError)
 
 
 @dataclass
@@ -78,6 +80,7 @@ def prepare_run(arguments: RunArguments) -> Run:
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
+        "use_safetensors": True,  # weights of a hub model as pickle are refused
     } | (training.model_init_kwargs or {})
     interrupt = SaveOnInterrupt()
     base = (
@@ -91,7 +94,7 @@ def prepare_run(arguments: RunArguments) -> Run:
         processing_class=tokenizer,
         peft_config=peft_config,
         quantization_config=get_quantization_config(model_args),
-        callbacks=[interrupt, *([] if base is None else [RecordBase(base)])],
+        callbacks=[interrupt, MetricsFile(Path(training.output_dir)), *([] if base is None else [RecordBase(base)])],
     )
     train_as_the_method_asks(trainer, arguments)
     trainer.remove_callback(ProgressCallback)

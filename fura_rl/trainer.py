@@ -27,6 +27,7 @@ from fura_rl.adapters.fura_config import FuraConfig
 from fura_rl.adapters.fura_tuner import restore_core_dtype
 from fura_rl.alarms import Alarms, AlarmSettings, importance_cut_frac, refuse_non_finite_rollouts
 from fura_rl.data import encode_prompts
+from fura_rl.memory import out_of_memory_in
 from fura_rl.rollout_client import TRANSPORTS, RolloutClient, ServerSampler, client_factory
 from fura_rl.sync import probe
 from fura_rl.sync.engine import RolloutEngine
@@ -92,6 +93,7 @@ class FuraGRPOTrainer(GRPOTrainer):
         kwargs["revision"] = (self.args.model_init_kwargs or {}).get("revision")
         kwargs["seed"] += self.args.seed  # TRL seeds every run's engine alike, so seeds would share their rollouts
         kwargs["disable_log_stats"] = True
+        kwargs["load_format"] = "safetensors"  # vLLM would take pickled weights where there are no others
         return LLM(**kwargs)
 
     @property
@@ -117,7 +119,7 @@ class FuraGRPOTrainer(GRPOTrainer):
             score=self._score,
         )
         generation.sync_weights = self.sync_weights
-        generation.generate = self._timed("rollout", generation.generate)
+        generation.generate = self._timed("rollout", out_of_memory_in("rollouts")(generation.generate))
 
     def _rollout_engine(self, generation: Any) -> RolloutEngine:
         """The engine as this process sees it: in this process, behind a server, or as another process's business."""
@@ -145,7 +147,8 @@ class FuraGRPOTrainer(GRPOTrainer):
             generation.llm.wake_up(tags=["weights"])
             generation.llm.wake_up(tags=["kv_cache"])  # the probe generates; TRL's own wake-up is then a no-op
             generation._llm_weights_sleeping = False
-        report = self.weight_sync.sync(everything=asleep)
+        with out_of_memory_in("weight sync"):
+            report = self.weight_sync.sync(everything=asleep)
         self.sync_reports.append(report)
         self._last_loaded_step = self.state.global_step
         self.accelerator.wait_for_everyone()
@@ -190,6 +193,10 @@ class FuraGRPOTrainer(GRPOTrainer):
                 self.phase_seconds[phase] += time.perf_counter() - started - inner_sync
 
         return timed
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with out_of_memory_in("training step"):
+            return super().training_step(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluation always starts from a fresh sync: weights may have moved without a step (best model loaded)."""

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
+from urllib.parse import urlparse
 
 from trl import TrlParser
 
@@ -260,6 +261,13 @@ def installed_reporters(values: Values) -> str | None:
     return f"report_to={' '.join(missing)} is not installed: pip install {' '.join(missing)}" if missing else None
 
 
+def no_credentials_in_addresses(values: Values) -> str | None:
+    addresses = (values["vllm_server_base_url"] or "").split(",")
+    if any(urlparse(address.strip()).username is not None for address in addresses):
+        return "vllm_server_base_url holds credentials, which logs would show: set FURA_ROLLOUT_TOKEN instead"
+    return None
+
+
 TOGETHER: dict[Callable[[Values], str | None], tuple[str, ...]] = {
     whole_groups: (
         "num_generations", "per_device_train_batch_size", "gradient_accumulation_steps", "generation_batch_size",
@@ -271,4 +279,5 @@ TOGETHER: dict[Callable[[Values], str | None], tuple[str, ...]] = {
     known_adapter: ("adapter",),
     known_rewards: ("reward_funcs",),
     installed_reporters: ("report_to",),
+    no_credentials_in_addresses: ("vllm_server_base_url",),
 }  # fmt: skip

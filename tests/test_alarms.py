@@ -57,7 +57,10 @@ CASES = {
     ),
     "entropy_collapses": (
         column("entropy", 1.0, 1.0, 1.0, 0.04, 0.03, 0.02), Reading(0.02, 0.05),
-        [column("entropy", 1.0, 1.0, 1.0, 0.06, 0.06, 0.04)],
+        [
+            column("entropy", 1.0, 1.0, 1.0, 0.06, 0.06, 0.04),
+            column("entropy", 0.009, 0.009, 0.009, 0.0, 0.0, 0.0),
+        ],
     ),
     "kl_blows_up": (column("kl", 0.1, 2, 3, 4), Reading(4.0, 1.0), [column("kl", 2, 3, 1)]),
     "adapter_frozen": (
@@ -150,7 +153,9 @@ def test_a_resumed_run_knows_its_earlier_lines():
     assert list(again.note({"loss": 0.0, "kl": 2.0})) == ["kl_blows_up"]
 
 
-@pytest.mark.parametrize("line", [{"loss": math.nan}, {"loss": 0.0, "grad_norm": math.inf}])
+@pytest.mark.parametrize(
+    "line", [{"loss": math.nan}, {"loss": 0.0, "grad_norm": math.inf}, {"loss": 0.0, "reward": math.inf}]
+)
 def test_a_number_that_is_not_finite_stops_the_run(line):
     with pytest.raises(FloatingPointError, match=r"is (nan|inf) at step 1, so the run stops .*learning_rate"):
         trainer_log(Alarms(SETTINGS), [], line)
@@ -184,9 +189,10 @@ def test_the_share_of_ratios_that_importance_sampling_cuts():
 
 
 def by_parity(completions, **_):
-    """A reward that differs within a group; infinite from the third call on: a fault of the reward's author."""
+    """A reward that differs within a group; from the fourth step on so large that its gradient overflows."""
     by_parity.calls += 1
-    return [math.inf if by_parity.calls > 2 else float(len(str(text)) % 2) for text in completions]
+    scale = 1e37 if by_parity.calls > 3 else 1.0
+    return [scale * (sum(map(ord, str(text))) % 2) for text in completions]
 
 
 by_parity.calls = 0
@@ -223,15 +229,15 @@ def test_a_run_whose_completions_are_all_cut_says_so(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_with_updates_too_small_and_then_an_infinite_reward(tmp_path):
+def test_a_run_with_updates_too_small_and_then_a_gradient_that_overflows(tmp_path):
     engine = ["--vllm_dtype", "bfloat16", "--vllm_importance_sampling_correction", "true"]
     cut = ["--vllm_importance_sampling_mode", "token_truncate", "--vllm_importance_sampling_clip_max", 1.0]
     reward = ["--reward_funcs", "test_alarms.by_parity"]
     done = run(*engine, *cut, *reward, "--learning_rate", 1e-10, "--output_dir", tmp_path)
     assert done.returncode == 1, done.stderr[-3000:]
-    assert ("importance_cut", "2") in warned(done.stderr)
+    assert warned(done.stderr) == [("importance_cut", "2"), ("update_lost", "3")]
     [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "trained tensors is not finite at step 3" in error
+    assert "not finite at step 4" in error or "grad_norm is inf at step 4" in error
     assert "Traceback" not in done.stderr
-    assert not (tmp_path / "checkpoint-3").exists(), "what is not finite is not saved"
-    assert len(history(tmp_path, 2)) == 2
+    assert not (tmp_path / "checkpoint-4").exists(), "what is not finite is not saved"
+    assert len(history(tmp_path, 3)) == 3
