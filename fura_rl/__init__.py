@@ -5,6 +5,11 @@ Importing this package registers FuRA (and MiLoRA and LoRA with a trained backbo
 The trainer is imported on first use: it brings TRL and vLLM, which an adapter alone does not need.
 """
 
+# ruff: noqa: E402  telemetry goes off before the libraries that would send it are imported
+from fura_rl.telemetry import turn_off
+
+turn_off()
+
 from typing import TYPE_CHECKING, Any
 
 from fura_rl.adapters.fura_config import FuraConfig, FuraPeftType

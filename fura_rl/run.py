@@ -24,10 +24,21 @@ from fura_rl.config import QUICKSTART, RunArguments, resolve_model
 from fura_rl.data import load_splits, pick_split, prepare
 from fura_rl.evaluation.held_out import HeldOut
 from fura_rl.fingerprint import describe_base, record
+from fura_rl.memory import OutOfMemory
+from fura_rl.metrics_file import MetricsFile
+from fura_rl.sync.probe import StaleEngineError
+from fura_rl.sync.remote_engine import EngineLostError, RemoteSyncError
+from fura_rl.sync.sharding import PeerFailedError
 from fura_rl.trainer import FuraGRPOTrainer, SaveOnInterrupt
 from rewards import load_reward
 
 logger = logging.getLogger(__name__)
+
+# What stops a run by design: the message says what happened and what mends it, so that no traceback is needed.
+STOPS = (
+    checkpoint.CheckpointError, FloatingPointError, OutOfMemory, StaleEngineError, EngineLostError, RemoteSyncError,
+    PeerFailedError,
+)  # fmt: skip
 
 
 @dataclass
@@ -80,6 +91,7 @@ def prepare_run(arguments: RunArguments) -> Run:
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
+        "use_safetensors": True,  # weights of a hub model as pickle are refused
     } | (training.model_init_kwargs or {})
     interrupt = SaveOnInterrupt()
     base = (
@@ -95,7 +107,7 @@ def prepare_run(arguments: RunArguments) -> Run:
         processing_class=tokenizer,
         peft_config=peft_config,
         quantization_config=get_quantization_config(model_args),
-        callbacks=[interrupt],
+        callbacks=[interrupt, MetricsFile(Path(training.output_dir))],
     )
     trainer.checkpoint_writers.append(functools.partial(checkpoint.record_settings, settings=settings))
     if base is not None:

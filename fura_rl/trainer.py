@@ -32,8 +32,10 @@ from trl import GRPOConfig, GRPOTrainer
 from fura_rl import checkpoint
 from fura_rl.adapters.fura_config import FuraConfig
 from fura_rl.adapters.fura_tuner import restore_core_dtype
+from fura_rl.alarms import Alarms, AlarmSettings, importance_cut_frac, refuse_non_finite_rollouts
 from fura_rl.data import encode_prompts
 from fura_rl.evaluation.held_out import HeldOut, metric_faults
+from fura_rl.memory import out_of_memory_in
 from fura_rl.randomness import drawing_from, rollout_seed
 from fura_rl.rollout_client import TRANSPORTS, RolloutClient, ServerSampler, client_factory
 from fura_rl.sync import probe
@@ -54,8 +56,8 @@ class FuraGRPOTrainer(GRPOTrainer):
     """GRPO on a vLLM engine that provably serves the policy being trained.
 
     Takes TRL's arguments unchanged; `peft_config` is any PEFT config, or None for full fine-tuning, and `args` a
-    `GRPOConfig` or `FuraGRPOConfig`.  Logs `sync/*` at every sync and keeps `phase_seconds`, the wall time of the
-    rollout, reward, sync and evaluation phases.
+    `GRPOConfig` or `FuraGRPOConfig`.  Logs `sync/*` at every sync and `alarms/*` with every line, and keeps
+    `phase_seconds`, the wall time of the rollout, reward, sync and evaluation phases.
 
     Where `held_out` is given, transformers' `eval_strategy`, `eval_steps` and `eval_on_start` evaluate it in place of
     TRL's loop over `eval_dataset` (which transformers wants all the same): `eval_greedy`, `eval_pass@1`, ... are
@@ -96,6 +98,8 @@ class FuraGRPOTrainer(GRPOTrainer):
         with trl_builds_with(LLM=self._make_engine, VLLMClient=client):
             super().__init__(model, timed, args, peft_config=peft_config, **kwargs)
         keep_core_dtype(self.accelerator.unwrap_model(self.model))
+        self.alarms = Alarms(self.args if isinstance(self.args, AlarmSettings) else AlarmSettings())
+        self.callback_handler.callbacks.insert(0, self.alarms)  # before the reporters, which shall see its counters
         if self.use_vllm:
             self._take_over_sync()
 
@@ -113,6 +117,7 @@ class FuraGRPOTrainer(GRPOTrainer):
         kwargs["revision"] = (self.args.model_init_kwargs or {}).get("revision")
         kwargs["seed"] += self.args.seed  # TRL seeds every run's engine alike, and with it this process
         kwargs["disable_log_stats"] = True
+        kwargs["load_format"] = "safetensors"  # vLLM would take pickled weights where there are no others
         return LLM(**kwargs)
 
     @property
@@ -139,7 +144,7 @@ class FuraGRPOTrainer(GRPOTrainer):
         )
         generation.sync_weights = self.sync_weights
         generate = self._seeded(generation.generate) if generation.mode == "colocate" else generation.generate
-        generation.generate = self._timed("rollout", generate)
+        generation.generate = self._timed("rollout", out_of_memory_in("rollouts")(generate))
 
     def _rollout_engine(self, generation: Any) -> RolloutEngine:
         """The engine as this process sees it: in this process, behind a server, or as another process's business."""
@@ -167,7 +172,8 @@ class FuraGRPOTrainer(GRPOTrainer):
             generation.llm.wake_up(tags=["weights"])
             generation.llm.wake_up(tags=["kv_cache"])  # the probe generates; TRL's own wake-up is then a no-op
             generation._llm_weights_sleeping = False
-        report = self.weight_sync.sync(everything=asleep)
+        with out_of_memory_in("weight sync"):
+            report = self.weight_sync.sync(everything=asleep)
         self.sync_reports.append(report)
         self._last_loaded_step = self.state.global_step
         self.accelerator.wait_for_everyone()
@@ -175,6 +181,22 @@ class FuraGRPOTrainer(GRPOTrainer):
         for name, value in report.metrics().items():
             self._metrics[mode][name].append(value)
         self.phase_seconds["sync"] += time.perf_counter() - started
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's batch, after a look at what TRL passes over: rollout log-probs that are not finite, and how many
+        importance-sampling ratios were masked or clipped."""
+        batch = super()._generate_and_score_completions(inputs)
+        mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+        with failing_together():
+            if "sampling_per_token_logps" in batch:
+                refuse_non_finite_rollouts(batch["sampling_per_token_logps"], mask)
+        if "importance_sampling_ratio" in batch:
+            bounds = self.args.vllm_importance_sampling_clip_min, self.args.vllm_importance_sampling_clip_max
+            share = importance_cut_frac(batch["importance_sampling_ratio"], mask, *bounds)
+            shares = self.accelerator.gather(torch.tensor(share, device=self.accelerator.device))
+            mode = "train" if self.model.training else "eval"
+            self._metrics[mode]["sampling/importance_sampling_ratio/cut_frac"].append(shares.mean().item())
+        return batch
 
     def _score(self, policy: nn.Module, token_ids: Sequence[int]) -> torch.Tensor:
         with self.accelerator.autocast():
@@ -322,6 +344,10 @@ class FuraGRPOTrainer(GRPOTrainer):
         broadcast_object_list(scores, from_process=0)
         return scores[0]
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with out_of_memory_in("training step"):
+            return super().training_step(*args, **kwargs)
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluation always starts from a fresh sync: weights may have moved without a step (best model loaded)."""
         self._last_loaded_step = -1
@@ -409,8 +435,10 @@ def take_over(trainer: GRPOTrainer) -> Any:
     import trl
 
     generation = getattr(trainer, "vllm_generation", None)
-    private = ("_last_loaded_step", "_metrics", "_logs", "_step", "_buffered_inputs")
-    missing = [f"GRPOTrainer.{name}" for name in private if not hasattr(trainer, name)]
+    used = (
+        "_last_loaded_step", "_metrics", "_logs", "_step", "_buffered_inputs", "_generate_and_score_completions",
+    )  # fmt: skip
+    missing = [f"GRPOTrainer.{n}" for n in used if n not in vars(trainer) and not hasattr(GRPOTrainer, n)]
     missing += [
         f"VLLMGeneration.{name}"
         for name in ("sync_weights", "generate", "enable_sleep_mode", "mode")
