@@ -5,10 +5,12 @@ FURA_KILLS=10 python -m pytest tests/test_resume.py -k random_moments     ten ki
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import random
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -163,3 +165,30 @@ def test_a_run_killed_at_random_moments_is_the_run_that_was_not(server, uninterr
     assert different(expected, outcome(folder)) == [], told
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-11", f"checkpoint-{STEPS}"]
     assert not (folder / "_unfinished").exists()
+
+
+def test_a_disk_that_fills_up_stops_the_run_with_one_message_and_loses_nothing(server, uninterrupted, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        run = Launched(server, disk / "run")
+        run.wait_until_ready()
+        while not (disk / "run" / "checkpoint-2").exists():
+            assert run.process.is_alive(), run.said()
+            time.sleep(0.01)
+        with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(2**16))
+        run.process.join(PATIENCE)
+        assert run.process.exitcode == 1
+        assert "Traceback" not in run.said()
+        assert "error: " in run.said()
+        assert "the same command goes on" in run.said()
+        (disk / "filler").unlink()
+        Launched(server, disk / "run").finish()
+        assert different(uninterrupted[0], outcome(disk / "run")) == []
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=False)
