@@ -78,7 +78,6 @@ def prepare_run(arguments: RunArguments) -> Run:
     """
     script, training, model_args = arguments.script, arguments.training, arguments.model
     settings = checkpoint.plain(arguments.resolved())
-    start_from = find_checkpoint(arguments, settings)
     load_as_the_method_asks(arguments)
     peft_config = peft_config_for(script.adapter, model_args, script.adapter_target_modules, script.adapter_kwargs)
     reward_funcs = [load_reward(name) for name in script.reward_funcs]
@@ -86,6 +85,7 @@ def prepare_run(arguments: RunArguments) -> Run:
     tokenizer = load_tokenizer(model_path, arguments)
     train_set = load_data(arguments, tokenizer)
     held_out, evaluated = load_held_out(arguments, tokenizer)
+    start_from = find_checkpoint(arguments, settings)
 
     training.model_init_kwargs = {
         "revision": model_args.model_revision,

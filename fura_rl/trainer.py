@@ -494,6 +494,7 @@ def restore_progress(trainer: FuraGRPOTrainer, folder: Path) -> None:
     trainer._step, trainer._buffered_inputs = state["micro_step"], state["buffered_inputs"]
     trainer._tr_loss.fill_(state["loss"])
     trainer._total_loss_scalar, trainer._globalstep_last_logged = state["total_loss"], state["last_logged_step"]
+    trainer._metrics["train"].clear()
     trainer._metrics["train"].update(json.loads(state["metrics"]))
     for name, values in json.loads(state["logs"]).items():
         queues = {None: values} if isinstance(values, list) else values

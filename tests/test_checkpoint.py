@@ -15,8 +15,9 @@ from transformers import TrainerControl, TrainerState
 from trl.trainer.utils import RepeatSampler
 
 from fura_rl import checkpoint
-from fura_rl.config import DATACLASSES
+from fura_rl.config import DATACLASSES, parse_arguments
 from fura_rl.randomness import drawing_from, rollout_seed
+from fura_rl.run import find_checkpoint
 from fura_rl.trainer import OrderOfEpoch
 
 
@@ -192,3 +193,38 @@ def test_a_resumed_epoch_has_the_order_of_the_epoch():
     unshuffled = RepeatSampler(range(4), mini_repeat_count=1, shuffle=False)
     OrderOfEpoch(unshuffled).on_epoch_begin(None, TrainerState(epoch=1), control)
     assert list(unshuffled) == list(SequentialSampler(range(4)))
+
+
+def arguments(output_dir, *more):
+    options = ["--model_name_or_path", "quickstart", "--dataset_name", "quickstart", "--bf16", "false"]
+    return parse_arguments([*options, "--use_cpu", "true", "--output_dir", str(output_dir), *more])
+
+
+def found(output_dir, *more):
+    given = arguments(output_dir, *more)
+    path = find_checkpoint(given, checkpoint.plain(given.resolved()))
+    return None if path is None else path.name
+
+
+def test_the_same_command_starts_a_run_and_continues_it(tmp_path, caplog):
+    assert found(tmp_path) is None
+    checkpoint.record_settings(written(tmp_path, 7), arguments(tmp_path).resolved())
+    assert found(tmp_path) == found(tmp_path, "--resume_from_checkpoint", "latest") == "checkpoint-7"
+    assert found(tmp_path, "--save_steps", "3", "--report_to", "none") == "checkpoint-7"
+    assert found(tmp_path, "--dry_run") is None
+    assert not caplog.text
+
+
+def test_other_settings_are_refused_and_taken_only_with_a_named_checkpoint(tmp_path, caplog):
+    folder = written(tmp_path, 7)
+    checkpoint.record_settings(folder, arguments(tmp_path).resolved())
+    with pytest.raises(ValueError, match=r"step 7 with other settings: learning_rate=0\.5 \(there 1e-06\)"):
+        found(tmp_path, "--learning_rate", "0.5")
+    assert found(tmp_path, "--learning_rate", "0.5", "--resume_from_checkpoint", str(folder)) == "checkpoint-7"
+    assert "learning_rate=0.5 (there 1e-06)" in caplog.text
+
+
+def test_a_checkpoint_that_was_asked_for_must_be_there(tmp_path):
+    for wanted in ("true", str(tmp_path / "checkpoint-3")):
+        with pytest.raises(ValueError, match="no whole checkpoint"):
+            found(tmp_path, "--resume_from_checkpoint", wanted)

@@ -5,11 +5,15 @@ FURA_KILLS=10 python -m pytest tests/test_resume.py -k random_moments     ten ki
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import random
+import shutil
+import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,27 +77,33 @@ class Launched:
         self.folder, self.log = folder, folder.parent / f"{folder.name}.txt"
         self.ready = folder / "resolved_config.yaml"  # written when everything is loaded
         self.ready.unlink(missing_ok=True)
+        self.found = set(folder.glob("checkpoint-*"))
         self.process = context.Process(target=launch, args=(command(folder, *more), self.log))
         self.process.start()
 
-    def wait_until_ready(self) -> float:
+    def has_saved(self) -> bool:
+        return bool(set(self.folder.glob("checkpoint-*")) - self.found)
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + PATIENCE
-        while not self.ready.exists():
+        while not condition():
             assert self.process.is_alive(), self.said()
             assert time.monotonic() < deadline, self.said()
-            time.sleep(0.02)
-        return time.monotonic()
+            time.sleep(0.005)
 
-    def finish(self) -> float:
-        """Seconds of training."""
-        started = self.wait_until_ready()
+    def finish(self) -> tuple[float, float]:
+        """Seconds from all being loaded to the first checkpoint, and from there to the end."""
+        self.wait_until(self.ready.exists)
+        ready = time.monotonic()
+        self.wait_until(lambda: self.has_saved() or not self.process.is_alive())
+        saved = time.monotonic()
         self.process.join(PATIENCE)
         assert self.process.exitcode == 0, self.said()
-        return time.monotonic() - started
+        return saved - ready, time.monotonic() - saved
 
-    def kill_after(self, seconds: float) -> bool:
-        """SIGKILL `seconds` after it is ready; False where it was finished by then."""
-        self.wait_until_ready()
+    def kill_after(self, seconds: float, event: Callable[[], bool]) -> bool:
+        """SIGKILL `seconds` after `event`; False where the run was finished by then."""
+        self.wait_until(lambda: event() or not self.process.is_alive())
         self.process.join(seconds)
         killed = self.process.is_alive()
         self.process.kill()
@@ -106,8 +116,8 @@ class Launched:
 
 def timeless(entry: dict[str, Any]) -> dict[str, Any]:
     """A log entry without wall times and without how often the engine was probed: each start probes it once."""
-    skipped = ("seconds", "time", "runtime", "per_second", "probe_max_gap")
-    return {key: value for key, value in entry.items() if not key.endswith(skipped)}
+    skipped = ("seconds", "time", "_per_second", "probe_max_gap")
+    return {key: value for key, value in entry.items() if not any(word in key for word in skipped)}
 
 
 def outcome(folder: Path) -> dict[str, Any]:
@@ -143,23 +153,53 @@ def different(a: Any, b: Any, path: str = "") -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(server, tmp_path_factory) -> tuple[dict[str, Any], float]:
+def uninterrupted(server, tmp_path_factory) -> tuple[dict[str, Any], tuple[float, float]]:
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     seconds = Launched(server, folder).finish()
     return outcome(folder), seconds
 
 
 def test_a_run_killed_at_random_moments_is_the_run_that_was_not(server, uninterrupted, tmp_path):
-    expected, seconds = uninterrupted
+    """One kill in three falls into the first generation of a start, the others between its first save and its end."""
+    expected, (first_step, other_steps) = uninterrupted
     moments = random.Random(os.environ.get("FURA_KILL_SEED", "0"))
     folder = tmp_path / "run"
     kills, told = 0, []
     while kills < KILLS:
-        moment = moments.uniform(0, seconds * min(1, 2 / KILLS))
-        if Launched(server, folder).kill_after(moment):
-            kills += 1
-        told.append((round(moment, 2), sorted(path.name for path in folder.iterdir())))
+        run, early = Launched(server, folder), kills % 3 == 2
+        moment = moments.uniform(0, first_step if early else other_steps * min(1, 2 / KILLS))
+        if not run.kill_after(moment, run.ready.exists if early else run.has_saved):
+            assert different(expected, outcome(folder)) == [], told
+            shutil.rmtree(folder)  # it came to its end: start over
+            continue
+        kills += 1
+        told.append((round(moment, 2), sorted(path.name for path in folder.glob("*checkpoint*"))))
+    print(told)
     Launched(server, folder).finish()
     assert different(expected, outcome(folder)) == [], told
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-11", f"checkpoint-{STEPS}"]
     assert not (folder / "_unfinished").exists()
+
+
+def test_a_disk_that_fills_up_stops_the_run_with_one_message_and_loses_nothing(server, uninterrupted, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        run = Launched(server, disk / "run")
+        run.wait_until((disk / "run" / "checkpoint-2").exists)
+        with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(2**16))
+        run.process.join(PATIENCE)
+        assert run.process.exitcode == 1
+        assert "Traceback" not in run.said()
+        assert "error: " in run.said()
+        assert "the same command goes on" in run.said()
+        (disk / "filler").unlink()
+        Launched(server, disk / "run").finish()
+        assert different(uninterrupted[0], outcome(disk / "run")) == []
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=False)
