@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
+from fura_rl.checkpoint import last_checkpoint
 from fura_rl.config import parse_arguments
 from fura_rl.evaluation.estimators import doubling_ks
 from fura_rl.evaluation.held_out import HeldOut
-from fura_rl.run import last_checkpoint, load_held_out, prepare_run, train
+from fura_rl.run import load_held_out, prepare_run, train
 from fura_rl.trainer import FuraGRPOTrainer, check_settings
 
 OPTIONS = [
