@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fura_rl.redaction import redacted
+
 logger = logging.getLogger(__name__)
 
 UNFINISHED = "_unfinished"  # with an underscore in front, which transformers never uploads
@@ -32,7 +34,8 @@ SETTINGS_OF_NO_NUMBER = frozenset({
     "num_completions_to_print", "log_unique_prompts", "log_completions_hub_repo", "include_num_input_tokens_seen",
     "save_strategy", "save_steps", "save_total_limit", "save_on_each_node", "enable_jit_checkpoint", "push_to_hub",
     "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision", "local_rank",
-    "eval_problems", "eval_samples", "dry_run", "dataloader_num_workers", "dataloader_prefetch_factor",
+    "eval_problems", "eval_samples", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "dataset_test_split",
+    "dataset_eval_split", "metric_for_best_model", "greater_is_better", "dry_run", "dataloader_num_workers", "dataloader_prefetch_factor",
     "dataloader_pin_memory", "dataloader_persistent_workers", "skip_memory_metrics", "ddp_timeout",
     "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port",
     "sync_transport", "sync_probe_every", "sync_probe_tolerance", "sync_audit_every",
@@ -199,13 +202,13 @@ def changed_settings(recorded: Mapping[str, Any], current: Mapping[str, Any]) ->
     return {
         name: (recorded.get(name), now.get(name))
         for name in sorted((recorded.keys() | now.keys()) - SETTINGS_OF_NO_NUMBER)
-        if recorded.get(name) != now.get(name)
+        if recorded.get(name) != now.get(name) and not name.startswith("alarm_")
     }
 
 
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as they read back from JSON."""
-    return json.loads(json.dumps(settings, default=str))
+    """Settings as they read back from JSON, without secrets."""
+    return redacted(json.loads(json.dumps(settings, default=str)))
 
 
 def recorded_settings(checkpoint: Path) -> dict[str, Any] | None:
