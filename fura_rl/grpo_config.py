@@ -11,6 +11,13 @@ from trl import GRPOConfig
 class FuraGRPOConfig(GRPOConfig):
     """Arguments of `FuraGRPOTrainer`; every TRL field keeps its name and default."""
 
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Not set or 'latest': go on from the newest whole checkpoint of output_dir, if there is one; "
+            "'true': there must be one; a folder: go on from that one, also with other settings."
+        },
+    )
     vllm_dtype: str | None = field(
         default=None,
         metadata={"help": "dtype of the rollout engine; default: the dtype that the policy computes in."},

@@ -426,6 +426,8 @@ def restore_progress(trainer: FuraGRPOTrainer, folder: Path) -> None:
             folder,
         )
         return
+    if trainer.args.sync_ref_model:
+        logger.warning("sync_ref_model: the reference model is in no checkpoint, so it starts again from the base model")
     trainer._step, trainer._buffered_inputs = state["micro_step"], state["buffered_inputs"]
     trainer._tr_loss.fill_(state["loss"])
     trainer._total_loss_scalar, trainer._globalstep_last_logged = state["total_loss"], state["last_logged_step"]
