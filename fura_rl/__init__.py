@@ -5,11 +5,17 @@ Importing this package registers FuRA (and MiLoRA and LoRA with a trained backbo
 The trainer is imported on first use: it brings TRL and vLLM, which an adapter alone does not need.
 """
 
+# ruff: noqa: E402  telemetry goes off before the libraries that would send it are imported
+from fura_rl.telemetry import turn_off
+
+turn_off()
+
 from typing import TYPE_CHECKING, Any
 
-from fura_rl.adapters.fura_config import FuraConfig
-from fura_rl.adapters.fura_tuner import FuraModel, register_with_peft
+from fura_rl.adapters.fura_config import FuraConfig, FuraPeftType
+from fura_rl.adapters.fura_tuner import FuraModel
 from fura_rl.adapters.methods import lora_full, milora  # noqa: F401  registered with PEFT as they are imported
+from fura_rl.adapters.registration import register
 
 if TYPE_CHECKING:
     from fura_rl.trainer import FuraGRPOTrainer
@@ -17,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["FuraConfig", "FuraGRPOTrainer", "FuraModel"]
 __version__ = "0.1.0"
 
-register_with_peft()
+register(FuraPeftType.FURA, FuraConfig, FuraModel)
 
 
 def __getattr__(name: str) -> Any:

@@ -7,20 +7,25 @@ neither vLLM nor datasets, so `--help` is quick.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
+from fura_rl import validation
+from fura_rl.alarms import AlarmSettings
 from fura_rl.grpo_config import FuraGRPOConfig
+from fura_rl.quickstart.tasks import TASKS
+from fura_rl.validation import Given
 
-QUICKSTART = "quickstart"  # the name of the embedded model and of the embedded problems
+QUICKSTART = "quickstart"  # the default of the embedded tasks, whose names are model and dataset at once
 
 
 @dataclass
@@ -64,7 +69,17 @@ class MathScriptArguments(ScriptArguments):
     system_prompt: str | None = field(default=None, metadata={"help": "System message before the problem."})
     eval_problems: int = field(
         default=0,
-        metadata={"help": "Held-out problems of the test split to score before and after training; 0 for none."},
+        metadata={
+            "help": "Held-out problems to score before and after training (of dataset_test_split), and during it where "
+            "eval_strategy asks for that; 0 for none."
+        },
+    )
+    dataset_eval_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split that eval_strategy scores during training, and by which metric_for_best_model (e.g. pass@1) "
+            "chooses a checkpoint; default: dataset_test_split."
+        },
     )
     eval_samples: int = field(default=8, metadata={"help": "Samples a held-out problem for pass@k, beside greedy."})
     dry_run: bool = field(
@@ -78,9 +93,6 @@ class MathScriptArguments(ScriptArguments):
                 self.adapter_kwargs = json.loads(self.adapter_kwargs)
             except json.JSONDecodeError as error:
                 raise ValueError(f"adapter_kwargs={self.adapter_kwargs!r} is not JSON: {error}") from error
-        for name in ("eval_problems", "eval_samples"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -118,8 +130,10 @@ HELP_GROUPS = {
         "vllm_enforce_eager", "sync_probe_every", "sync_probe_tolerance",
         "sync_audit_every", "fold_rounding", "sync_mode", "vllm_server_base_url",
     ),
+    "Alarms": tuple(field.name for field in dataclasses.fields(AlarmSettings)),
     "Run": (
-        "output_dir", "seed", "bf16", "save_steps", "resume_from_checkpoint", "report_to", "log_completions", "dry_run",
+        "output_dir", "seed", "bf16", "save_steps", "eval_strategy", "eval_steps", "metric_for_best_model",
+        "load_best_model_at_end", "resume_from_checkpoint", "report_to", "log_completions", "dry_run",
     ),
 }  # fmt: skip
 
@@ -127,7 +141,7 @@ HELP_GROUPS = {
 # A dry run takes one short step on whatever machine it finds.
 DRY_RUN_OVERRIDES = [
     *("--max_steps", "1"),
-    *("--eval_problems", "0"),
+    *("--eval_problems", "0", "--eval_strategy", "no", "--load_best_model_at_end", "false"),
     *("--max_completion_length", "32"),
     *("--vllm_max_model_length", "256"),
     *("--vllm_gpu_memory_utilization", "0.1"),
@@ -141,38 +155,50 @@ def parse_arguments(argv: list[str] | None = None, default_config: str | None = 
     """Parse `--config FILE.yaml` and the command line.  `default_config` is read where neither names a model.
 
     Raises:
-        ValueError: for an unknown key, with the nearest known one, or a value that its setting refuses.
+        ValueError: with every unknown key, value of a wrong type or out of range, and misfit; see `fura_rl.validation`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if default_config and not {"--config", "--model_name_or_path"} & {token.partition("=")[0] for token in argv}:
         argv = ["--config", default_config, *argv]
-    settings = refuse_unknown_keys(argv)
-    if "dry_run" in settings:
+    if "dry_run" in refuse_faults(argv):
         argv += DRY_RUN_OVERRIDES + ([] if torch.cuda.is_available() else ["--use_cpu", "true"])
     parser = TrlParser(DATACLASSES, allow_abbrev=False)
     return RunArguments(*parser.parse_args_and_config(argv))
 
 
-def refuse_unknown_keys(argv: list[str]) -> set[str]:
-    """Every key of the YAML file and every option must be a field of one of the dataclasses.  Returns those given."""
-    known = {f.name for cls in DATACLASSES for f in dataclasses.fields(cls) if f.init} | {"config", "env"}
-    given: dict[str, str] = {}  # key -> where it stands
-    for position, token in enumerate(argv):
-        name, _, value = token.partition("=")
-        if not name.startswith("--"):
-            continue
-        given[name.removeprefix("--")] = "the command line"
+def given_settings(argv: Sequence[str]) -> dict[str, Given]:
+    """Every setting of the command line and of the YAML file that it names, the command line winning."""
+    given: dict[str, Given] = {}
+    from_file: dict[str, Given] = {}
+    starts = [i for i, word in enumerate(argv) if word.startswith("--")]
+    for start, end in itertools.pairwise([*starts, len(argv)]):
+        name, equals, value = argv[start].partition("=")
+        words = [*([value] if equals else []), *argv[start + 1 : end]]
         if name == "--config":
-            path = value or (argv[position + 1] if position + 1 < len(argv) else "")
-            given |= dict.fromkeys(read_yaml(path), path)
-    negatable = {f"no_{name}" for name in known}  # argparse's form for switches that default to true
-    unknown = sorted(set(given) - known - negatable)
-    if unknown:
-        faults = []
-        for key in unknown:
-            near = get_close_matches(key, known, n=1)
-            faults.append(f"{key!r} in {given[key]}" + (f" (did you mean {near[0]!r}?)" if near else ""))
-        raise ValueError(f"unknown setting {', '.join(faults)}; --help_all lists every setting")
+            path = words[0] if words else ""
+            from_file = {key: Given(value, path) for key, value in read_yaml(path).items()}
+        given[name.removeprefix("--")] = Given(tuple(words), "the command line")
+    return from_file | given
+
+
+def refuse_faults(argv: Sequence[str]) -> set[str]:
+    """Refuse settings that are unknown, of the wrong type, out of range, or do not fit together.
+
+    Returns the names that were given.
+
+    Raises:
+        ValueError: with every fault.
+    """
+    given = given_settings(argv)
+    known = {f.name for cls in DATACLASSES for f in dataclasses.fields(cls) if f.init}
+    negated = {f"no_{name}" for name in known}  # argparse's form for switches that default to true
+    strange = [validation.unknown(key, value.where, sorted(known)) for key, value in sorted(given.items())
+               if key not in known | negated | {"config", "env"}]  # fmt: skip
+    faults = [f"unknown setting {', '.join(strange)}; --help_all lists every setting"] if strange else []
+    faults += validation.faults_of({key: value for key, value in given.items() if key in known}, DATACLASSES)
+    if faults:
+        several = f"{len(faults)} faults in the settings:" if len(faults) > 1 else ""
+        raise ValueError("\n  ".join(filter(None, [several, *faults])))
     return set(given)
 
 
@@ -207,21 +233,24 @@ def help_text(description: str) -> str:
 
 
 def resolve_model(name: str | None) -> str:
-    """The folder or hub id to load; the embedded model for the name "quickstart".
+    """The folder or hub id to load; the embedded model for the name of an embedded task.
 
     Raises:
         ValueError: where there is no name, or it looks like a path and no checkpoint is there.
     """
     if not name:
         raise ValueError("model_name_or_path is not set; give a hub id, a checkpoint folder, or 'quickstart'")
-    if name == QUICKSTART:
-        from fura_rl.quickstart import BASE_MODEL
-
-        return str(BASE_MODEL)
+    if name in TASKS:
+        return str(TASKS[name].base_model)
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"model_name_or_path={name!r} is a folder without config.json, so not a checkpoint")
+        if not any(path.glob("*.safetensors")) and (pickled := sorted(path.glob("*.bin"))):
+            raise ValueError(
+                f"model_name_or_path={name!r} has its weights as pickle ({pickled[0].name}), which runs code when it "
+                "is loaded: convert it to safetensors, with save_pretrained on a machine where you trust it"
+            )
         return str(path)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ValueError(f"model_name_or_path={name!r} does not exist; give a checkpoint folder or a hub id (org/name)")

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fura_rl.config import QUICKSTART, MathScriptArguments
+from fura_rl.config import MathScriptArguments
+from fura_rl.quickstart.tasks import TASKS
 from rewards import check_golds as grade_golds
 from rewards import gold_answer, last_boxed
 
@@ -61,11 +62,11 @@ def load_splits(
         return get_dataset(mixture)
     if not name:
         raise ValueError("neither dataset_name nor datasets is set; give a hub id, a local file, or 'quickstart'")
-    if name == QUICKSTART:
-        from fura_rl.quickstart.problems import make_rows
-
-        sizes = {"train": 4000, "validation": 200, "test": 400}
-        return DatasetDict({split: Dataset.from_list(make_rows(split, size, seed=0)) for split, size in sizes.items()})
+    if name in TASKS:
+        task = TASKS[name]
+        return DatasetDict(
+            {split: Dataset.from_list(task.make_rows(split, size, 0)) for split, size in task.sizes.items()}
+        )
     path = Path(name).expanduser()
     if path.suffix in LOCAL_FORMATS:
         if not path.is_file():

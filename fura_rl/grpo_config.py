@@ -1,4 +1,4 @@
-"""`FuraGRPOConfig`: TRL's GRPOConfig and the settings of engine and sync that TRL has no field for."""
+"""`FuraGRPOConfig`: TRL's GRPOConfig and the settings of engine, sync and alarms that TRL has no field for."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
+from fura_rl.alarms import AlarmSettings
+
 
 @dataclass
-class FuraGRPOConfig(GRPOConfig):
-    """Arguments of `FuraGRPOTrainer`; every TRL field keeps its name and default."""
+class FuraGRPOConfig(AlarmSettings, GRPOConfig):
+    """Arguments of `FuraGRPOTrainer`; every TRL field keeps its name and, but for one, its default."""
 
     resume_from_checkpoint: str | None = field(
         default=None,
@@ -17,6 +19,10 @@ class FuraGRPOConfig(GRPOConfig):
             "help": "Not set or 'latest': go on from the newest whole checkpoint of output_dir, if there is one; "
             "'true': there must be one; a folder: go on from that one, also with other settings."
         },
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Log a loss that is not finite as 0, as transformers does by default; here it is an alarm."},
     )
     vllm_dtype: str | None = field(
         default=None,

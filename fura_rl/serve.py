@@ -7,6 +7,7 @@ import ctypes
 import hmac
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -43,13 +44,23 @@ class RequireToken:
         await self.app(scope, receive, send)
 
 
-def check(host: str) -> None:
-    """Raises ValueError where the server would be open to others without a token."""
+def check(host: str, port: int) -> None:
+    """Raises ValueError where the server would be open to others without a token, or where its port is taken."""
     if host not in LOOPBACK and not os.environ.get(TOKEN_VARIABLE):
         raise ValueError(
             f"host={host!r} lets other machines in, and whoever reaches the server can change its weights: set "
             f"{TOKEN_VARIABLE} to a secret here and for the trainer, or serve on 127.0.0.1"
         )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server will
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise ValueError(
+                f"port={port} on host={host!r} cannot be listened on ({error}): stop what listens there, or choose "
+                "another --port"
+            ) from error
 
 
 def command(model: str, host: str, port: int, extra: Sequence[str]) -> list[str]:
@@ -61,6 +72,7 @@ def command(model: str, host: str, port: int, extra: Sequence[str]) -> list[str]
         "--worker-extension-cls": EXTENSION,
         "--logprobs-mode": "processed_logprobs",  # temperature and filters belong to the sampling policy's log-probs
         "--max-logprobs": "-1",
+        "--load-format": "safetensors",  # vLLM would take pickled weights where there are no others
     }
     if os.environ.get(TOKEN_VARIABLE):
         settings["--middleware"] = "fura_rl.serve.RequireToken"
@@ -70,7 +82,7 @@ def command(model: str, host: str, port: int, extra: Sequence[str]) -> list[str]
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    return os.environ | {"VLLM_SERVER_DEV_MODE": "1"}
 
 
 def serve(model: str, host: str, port: int, extra: Sequence[str], restarts: int) -> int:
@@ -79,7 +91,7 @@ def serve(model: str, host: str, port: int, extra: Sequence[str], restarts: int)
     A server that dies after it has served a while is started again, up to `restarts` times.  It never outlives this
     process: a SIGTERM or SIGINT ends both, and so does the death of this process (on Linux).
     """
-    check(host)
+    check(host, port)
     for attempt in range(restarts + 1):
         started = time.monotonic()
         child = subprocess.Popen(

@@ -32,7 +32,10 @@ from trl import GRPOConfig, GRPOTrainer
 from fura_rl import checkpoint
 from fura_rl.adapters.fura_config import FuraConfig
 from fura_rl.adapters.fura_tuner import restore_core_dtype
+from fura_rl.alarms import Alarms, AlarmSettings, importance_cut_frac, refuse_non_finite_rollouts
 from fura_rl.data import encode_prompts
+from fura_rl.evaluation.held_out import HeldOut, metric_faults
+from fura_rl.memory import out_of_memory_in
 from fura_rl.randomness import drawing_from, rollout_seed
 from fura_rl.rollout_client import TRANSPORTS, RolloutClient, ServerSampler, client_factory
 from fura_rl.sync import probe
@@ -53,8 +56,12 @@ class FuraGRPOTrainer(GRPOTrainer):
     """GRPO on a vLLM engine that provably serves the policy being trained.
 
     Takes TRL's arguments unchanged; `peft_config` is any PEFT config, or None for full fine-tuning, and `args` a
-    `GRPOConfig` or `FuraGRPOConfig`.  Logs `sync/*` at every sync and keeps `phase_seconds`, the wall time of the
-    rollout, reward and sync phases.
+    `GRPOConfig` or `FuraGRPOConfig`.  Logs `sync/*` at every sync and `alarms/*` with every line, and keeps
+    `phase_seconds`, the wall time of the rollout, reward, sync and evaluation phases.
+
+    Where `held_out` is given, transformers' `eval_strategy`, `eval_steps` and `eval_on_start` evaluate it in place of
+    TRL's loop over `eval_dataset` (which transformers wants all the same): `eval_greedy`, `eval_pass@1`, ... are
+    logged, and `metric_for_best_model`, `load_best_model_at_end` and `save_strategy="best"` go by them.
 
     A run that was killed and goes on from its last checkpoint reaches what an uninterrupted one reaches, bit for bit on
     the same machine with the engine in its process.  `checkpoint_writers` are called with the folder of each checkpoint
@@ -74,9 +81,11 @@ class FuraGRPOTrainer(GRPOTrainer):
         reward_funcs: Any = None,
         args: GRPOConfig | None = None,
         peft_config: PeftConfig | None = None,
+        held_out: HeldOut | None = None,
         **kwargs: Any,
     ) -> None:
-        check_settings(args, peft_config)
+        check_settings(args, peft_config, held_out)
+        self.held_out = held_out
         self.phase_seconds: dict[str, float] = defaultdict(float)
         self.sync_reports: list[SyncReport] = []
         self.checkpoint_writers: list[Callable[[Path], None]] = []
@@ -89,6 +98,8 @@ class FuraGRPOTrainer(GRPOTrainer):
         with trl_builds_with(LLM=self._make_engine, VLLMClient=client):
             super().__init__(model, timed, args, peft_config=peft_config, **kwargs)
         keep_core_dtype(self.accelerator.unwrap_model(self.model))
+        self.alarms = Alarms(self.args if isinstance(self.args, AlarmSettings) else AlarmSettings())
+        self.callback_handler.callbacks.insert(0, self.alarms)  # before the reporters, which shall see its counters
         if self.use_vllm:
             self._take_over_sync()
 
@@ -106,6 +117,7 @@ class FuraGRPOTrainer(GRPOTrainer):
         kwargs["revision"] = (self.args.model_init_kwargs or {}).get("revision")
         kwargs["seed"] += self.args.seed  # TRL seeds every run's engine alike, and with it this process
         kwargs["disable_log_stats"] = True
+        kwargs["load_format"] = "safetensors"  # vLLM would take pickled weights where there are no others
         return LLM(**kwargs)
 
     @property
@@ -132,7 +144,7 @@ class FuraGRPOTrainer(GRPOTrainer):
         )
         generation.sync_weights = self.sync_weights
         generate = self._seeded(generation.generate) if generation.mode == "colocate" else generation.generate
-        generation.generate = self._timed("rollout", generate)
+        generation.generate = self._timed("rollout", out_of_memory_in("rollouts")(generate))
 
     def _rollout_engine(self, generation: Any) -> RolloutEngine:
         """The engine as this process sees it: in this process, behind a server, or as another process's business."""
@@ -160,7 +172,8 @@ class FuraGRPOTrainer(GRPOTrainer):
             generation.llm.wake_up(tags=["weights"])
             generation.llm.wake_up(tags=["kv_cache"])  # the probe generates; TRL's own wake-up is then a no-op
             generation._llm_weights_sleeping = False
-        report = self.weight_sync.sync(everything=asleep)
+        with out_of_memory_in("weight sync"):
+            report = self.weight_sync.sync(everything=asleep)
         self.sync_reports.append(report)
         self._last_loaded_step = self.state.global_step
         self.accelerator.wait_for_everyone()
@@ -168,6 +181,22 @@ class FuraGRPOTrainer(GRPOTrainer):
         for name, value in report.metrics().items():
             self._metrics[mode][name].append(value)
         self.phase_seconds["sync"] += time.perf_counter() - started
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's batch, after a look at what TRL passes over: rollout log-probs that are not finite, and how many
+        importance-sampling ratios were masked or clipped."""
+        batch = super()._generate_and_score_completions(inputs)
+        mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+        with failing_together():
+            if "sampling_per_token_logps" in batch:
+                refuse_non_finite_rollouts(batch["sampling_per_token_logps"], mask)
+        if "importance_sampling_ratio" in batch:
+            bounds = self.args.vllm_importance_sampling_clip_min, self.args.vllm_importance_sampling_clip_max
+            share = importance_cut_frac(batch["importance_sampling_ratio"], mask, *bounds)
+            shares = self.accelerator.gather(torch.tensor(share, device=self.accelerator.device))
+            mode = "train" if self.model.training else "eval"
+            self._metrics[mode]["sampling/importance_sampling_ratio/cut_frac"].append(shares.mean().item())
+        return batch
 
     def _score(self, policy: nn.Module, token_ids: Sequence[int]) -> torch.Tensor:
         with self.accelerator.autocast():
@@ -287,19 +316,53 @@ class FuraGRPOTrainer(GRPOTrainer):
         if folder is not None:
             restore_progress(self, Path(folder))
 
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """pass@k of `held_out` on the live engine, freshly synced; TRL's own evaluation where there is none.
+
+        Training goes on as if nothing had happened: random states, the engine's cache, what TRL has gathered for the
+        next log entry, and a sleeping engine's sleep are as they were.
+        """
+        if self.held_out is None:
+            return super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self.sync_weights()
+        scores = self._timed("evaluation", self._score_held_out)()
+        metrics = {f"{metric_key_prefix}_{measure}": value for measure, value in scores.items()}
+        super(GRPOTrainer, self).log(metrics)  # TRL's own would pour its half-gathered training metrics in
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _score_held_out(self) -> dict[str, float]:
+        """The same figures in every process, from the one that has an engine."""
+        generation, llm = self.vllm_generation, self.sampler
+        scores = [None if llm is None else self.held_out.score(llm)]
+        if llm is not None:
+            llm.reset_prefix_cache()
+        if generation.mode == "colocate" and generation.enable_sleep_mode:
+            generation.llm.sleep(level=2)
+            generation._llm_weights_sleeping = True
+            self._last_loaded_step = -1  # sleep discards the weights: the next rollout syncs again
+        broadcast_object_list(scores, from_process=0)
+        return scores[0]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with out_of_memory_in("training step"):
+            return super().training_step(*args, **kwargs)
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluation always starts from a fresh sync: weights may have moved without a step (best model loaded)."""
         self._last_loaded_step = -1
         return super().evaluation_loop(*args, **kwargs)
 
 
-def check_settings(args: GRPOConfig | None, peft_config: PeftConfig | None) -> None:
-    """Refuse, before anything is loaded, what the sync cannot do.
+def check_settings(args: GRPOConfig | None, peft_config: PeftConfig | None, held_out: HeldOut | None = None) -> None:
+    """Refuse, before anything is loaded, what the sync or the evaluation cannot do.
 
     Raises:
         ValueError: with every fault at once.
     """
     faults = [] if args is None else sharding_faults(args, peft_config)
+    if held_out is not None:
+        faults += metric_faults(getattr(args, "metric_for_best_model", None), held_out)
     if (transport := getattr(args, "sync_transport", "auto")) not in TRANSPORTS:
         faults.append(f"sync_transport={transport!r} must be one of {', '.join(TRANSPORTS)}")
     if (mode := getattr(args, "sync_mode", "auto")) not in SYNC_MODES:
@@ -372,8 +435,10 @@ def take_over(trainer: GRPOTrainer) -> Any:
     import trl
 
     generation = getattr(trainer, "vllm_generation", None)
-    private = ("_last_loaded_step", "_metrics", "_logs", "_step", "_buffered_inputs")
-    missing = [f"GRPOTrainer.{name}" for name in private if not hasattr(trainer, name)]
+    used = (
+        "_last_loaded_step", "_metrics", "_logs", "_step", "_buffered_inputs", "_generate_and_score_completions",
+    )  # fmt: skip
+    missing = [f"GRPOTrainer.{n}" for n in used if n not in vars(trainer) and not hasattr(GRPOTrainer, n)]
     missing += [
         f"VLLMGeneration.{name}"
         for name in ("sync_weights", "generate", "enable_sleep_mode", "mode")
@@ -427,7 +492,7 @@ def restore_progress(trainer: FuraGRPOTrainer, folder: Path) -> None:
         )
         return
     if trainer.args.sync_ref_model:
-        logger.warning("sync_ref_model: the reference model is in no checkpoint, so it starts again from the base model")
+        logger.warning("sync_ref_model: the reference model is in no checkpoint and starts again from its base")
     trainer._step, trainer._buffered_inputs = state["micro_step"], state["buffered_inputs"]
     trainer._tr_loss.fill_(state["loss"])
     trainer._total_loss_scalar, trainer._globalstep_last_logged = state["total_loss"], state["last_logged_step"]

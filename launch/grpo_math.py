@@ -27,8 +27,7 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         arguments = parse_arguments(argv, default_config=str(QUICKSTART_CONFIG))
-        from fura_rl.checkpoint import CheckpointError
-        from fura_rl.run import die_with_parent, finish, prepare_run, train
+        from fura_rl.run import STOPS, die_with_parent, finish, prepare_run, train
 
         die_with_parent()
         run = prepare_run(arguments)
@@ -37,10 +36,10 @@ def main(argv: list[str]) -> int:
         return 2
     try:
         train(run)
-    except CheckpointError as error:
+        code = finish(run)
+    except STOPS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    code = finish(run)
     if run.trainer.accelerator.num_processes > 1:
         run.trainer.accelerator.end_training()  # a process group that is left open aborts some processes at their exit
     return code

@@ -7,8 +7,8 @@
     python launch/pass_at_k.py --compare outputs/eval/a outputs/eval/b           what b gains, problem by problem
 
 Every sample goes to a folder as it comes, so a killed run is resumed by the same command and generates nothing twice.
---rerun FOLDER repeats an evaluation from its folder.  Benchmarks: quickstart, math_500, aime_24, aime_25, amc_23,
-minerva, olympiadbench, gsm8k, or a .json, .jsonl or .parquet file.
+--rerun FOLDER repeats an evaluation from its folder.  Benchmarks: quickstart, multi_step, math_500, aime_24, aime_25,
+amc_23, minerva, olympiadbench, gsm8k, or a .json, .jsonl or .parquet file.
 """
 
 from __future__ import annotations

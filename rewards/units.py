@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from rewards.texts import FUNCTIONS
+
 # name -> (dimension, factor); plurals and full stops are taken off before the look-up.
 UNITS: dict[str, tuple[str, Fraction]] = {
     name: (dimension, Fraction(factor))
@@ -41,26 +43,8 @@ SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "bil
 POWER_WORDS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 NOT_UNITS = frozenset(  # functions, and words that make a sentence of what would be a quantity
     [
+        *FUNCTIONS,
         *(
-            "sin",
-            "cos",
-            "tan",
-            "cot",
-            "sec",
-            "csc",
-            "log",
-            "ln",
-            "exp",
-            "arcsin",
-            "arccos",
-            "arctan",
-            "gcd",
-            "lcm",
-            "mod",
-        ),
-        *(
-            "max",
-            "min",
             "det",
             "or",
             "and",

@@ -18,7 +18,15 @@ from fura_rl.ablation import sweep
 from fura_rl.ablation.cell import RESULT
 from fura_rl.ablation.report import write_report
 from fura_rl.ablation.results import collect
-from fura_rl.ablation.spec import Cell, cells, load_spec, matched_settings, training_options
+from fura_rl.ablation.spec import (
+    Cell,
+    load_spec,
+    matched_settings,
+    scored_splits,
+    search_cells,
+    table_cells,
+    training_options,
+)
 from fura_rl.config import parse_arguments
 from fura_rl.evaluation.run_folder import RunFolder
 
@@ -32,6 +40,7 @@ settings: {{max_steps: 2, per_device_train_batch_size: 32}}
 scoring: {{max_problems: 20, num_samples: 4, k: [1, 4]}}
 """
 ENVIRONMENT = {"versions": {"torch": "1"}, "commit": "abc", "device": "cpu", "cpu_threads": 2}
+CELL_ENVIRONMENT = {"versions": {"torch": "2.9"}, "commit": "cafe", "device": "a machine", "cpu_threads": 3}
 
 
 def write(folder, text=SPEC):
@@ -47,13 +56,13 @@ def test_every_shipped_ablation_is_sound():
         spec = load_spec(file)
         assert len(spec.seeds) >= 5
         assert all(len(spec.rates_of(entry)) >= 4 for entry in spec.adapters)
-        for cell in cells(spec)[:: len(spec.seeds)]:
+        for cell in search_cells(spec)[:: len(spec.choosing_seeds)]:
             parse_arguments(training_options(spec, cell, {}, file.parent / "x"))
 
 
 def test_cells_differ_in_adapter_rate_and_seed_alone(tmp_path):
     spec = load_spec(write(tmp_path))
-    every = cells(spec)
+    every = search_cells(spec)
     assert [cell.name for cell in every] == [
         *("fura/lr-0.001/seed-0", "fura/lr-0.001/seed-1", "fura/lr-0.003/seed-0", "fura/lr-0.003/seed-1"),
         *("lora-wide/lr-0.001/seed-0", "lora-wide/lr-0.001/seed-1"),
@@ -80,6 +89,7 @@ def test_budgets_are_matched_where_that_is_asked_for(tmp_path):
     [
         ("baseline: fura", "baseline: dora", "baseline='dora' is not one of the labels fura, lora-wide"),
         ("seeds: [0, 1]", "seeds: []", "seeds is not set"),
+        ("seeds: [0, 1]", "seeds: [0, 1]\nsearch_seeds: [4, 4]", "search_seeds names 4 twice"),
         ("[fura, ", "[furra, ", r"adapter='furra' is not one of .* did you mean 'fura'\?"),
         ("learning_rates: [1.0e-3, 3.0e-3]", "", "fura has no learning_rates"),
         (
@@ -99,7 +109,7 @@ def test_specs_without_meaning_are_refused(old, new, message, tmp_path):
         load_spec(write(tmp_path, SPEC.replace(old, new)))
 
 
-def fake_cell(output, cell, right, validation, rewards):
+def fake_cell(output, cell, right, validation, rewards, **measured):
     """The raw files of a finished cell: `right[p]` of the four samples of problem p are correct."""
     folder = output / cell.name
     test = RunFolder.open(folder / "test", {"benchmark": "quickstart"}, {})
@@ -114,9 +124,23 @@ def fake_cell(output, cell, right, validation, rewards):
     result = {
         "trained_parameters": 10, "steps": 2, "steps_timed": 2, "phase_seconds": {"rollout": 4.0, "train": 2.0},
         "peak_memory_gib": 1.5, "payload_bytes": 4000, "rewards": rewards, "lengths": [], "probe_max_gap": 0.0,
-        "scores": {"validation": {"scores": {"pass@1": {"mean": validation}}}},
+        "scores": {"validation": {"scores": {"pass@1": {"mean": validation}}}}, **measured,
     }  # fmt: skip
+    (folder / "run").mkdir()
+    (folder / "run" / "environment.json").write_text(json.dumps(CELL_ENVIRONMENT))
     (folder / RESULT).write_text(json.dumps(result))
+
+
+def measurements(kl, cosines):
+    """What a cell measures of its trained policy."""
+    spectrum = [1.0, 0.5, kl / 10]
+    update = {"modules": 2, "relative_size": 0.02, "stable_rank": 3.5, "overlap": 0.25, "chance": 0.0625}
+    return {
+        "update_cosines": cosines,
+        "evaluations": [[0, 0.2], [2, 0.2 + kl / 10]],
+        "divergence": {"per_token": kl / 20, "per_completion": kl, "completions": 3},
+        "update": update | {"spectrum": spectrum, "base_spectrum": [1.0, 0.8, 0.6]},
+    }
 
 
 @pytest.fixture
@@ -126,7 +150,8 @@ def finished(tmp_path):
     right = {0.001: ([4, 4, 4], [4, 4, 4]), 0.003: ([2, 4, 0], [4, 4, 2])}
     for rate, validation in ((0.001, 0.3), (0.003, 0.6)):
         for seed in (0, 1):
-            fake_cell(output, Cell("fura", rate, seed), right[rate][seed], validation, [0.1, 0.2 + seed / 10])
+            rewards, measured = [0.1, 0.2 + seed / 10], measurements(kl=0.5 + seed, cosines=[1.0, 0.9 - seed / 10])
+            fake_cell(output, Cell("fura", rate, seed), right[rate][seed], validation, rewards, **measured)
     fake_cell(output, Cell("lora-wide", 0.001, 0), [0, 4, 0], 0.5, [0.1, 0.2])
     fake_cell(output, Cell("lora-wide", 0.001, 1), [2, 4, 0], 0.5, [0.1, 0.2])
     return spec, output
@@ -148,6 +173,82 @@ def test_the_table_is_what_the_raw_files_say(finished):
     assert fura.seed_deviation["pass@1"] == pytest.approx(statistics.stdev([6 / 12, 10 / 12]))
     assert fura.phase_seconds_per_step == {"rollout": 2.0, "train": 1.0}
     assert (results.failed, results.unfinished) == ({}, [])
+    assert fura.kl_per_completion == {"mean": 1.0, "deviation": pytest.approx(statistics.stdev([0.5, 1.5]))}
+    assert fura.kl_per_token["mean"] == pytest.approx(0.05)
+    assert fura.update_cosine["mean"] == pytest.approx(statistics.fmean([0.95, 0.9]))
+    assert fura.update["stable_rank"] == {"mean": 3.5, "deviation": 0.0}
+    assert fura.spectrum == pytest.approx([1.0, 0.5, 0.1])
+    assert fura.evaluations == [[[0, 0.2], [2, 0.25]], [[0, 0.2], [2, 0.35]]]
+    assert (lora.kl_per_token, lora.spectrum, lora.update_cosine) == (None, None, None), "run before it was measured"
+    assert results.environments == [CELL_ENVIRONMENT]
+
+
+def two_stage(folder, search_seeds):
+    return load_spec(write(folder, SPEC + f"search_seeds: {search_seeds}\n"))
+
+
+def test_search_seeds_choose_the_rate_and_take_no_part_in_the_table(tmp_path):
+    """By the search seed 0.001 is best, by every score of the table's seeds 0.003 would be."""
+    spec, output = two_stage(tmp_path, [7]), tmp_path / "out"
+    assert [cell.seed for cell in search_cells(spec)] == [7, 7, 7]
+    for rate, validation in ((0.001, 0.6), (0.003, 0.3)):
+        fake_cell(output, Cell("fura", rate, 7), [0, 0, 0], validation, [0.0])
+        for seed in (0, 1):
+            right = [1, 2, 3] if rate == 0.001 else [4, 4, 4]
+            fake_cell(output, Cell("fura", rate, seed), right, 1 - validation, [0.1, 0.2])
+    fake_cell(output, Cell("lora-wide", 0.001, 7), [4, 4, 4], 0.5, [0.0])
+    results = collect(spec, output)
+    [fura] = results.lines
+    assert (fura.label, fura.learning_rate, fura.seeds) == ("fura", 0.001, 2)
+    assert fura.validation == {"0.001": 0.6, "0.003": 0.3}
+    assert fura.scores["pass@1"]["mean"] == pytest.approx(6 / 12)
+    assert results.unfinished == ["lora-wide/lr-0.001/seed-0", "lora-wide/lr-0.001/seed-1"]
+    write_report(spec, results, output, ENVIRONMENT)
+    note = "chosen with seeds 7 alone; only the chosen ones were run with seeds 0, 1"
+    assert note in (output / "report.md").read_text()
+    assert note in (output / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("search_seeds", "searched", "tabled"),
+    [
+        ([7], ["validation"], ["test"]),
+        ([0], ["validation", "test"], ["test"]),
+        ([], ["validation", "test"], ["validation", "test"]),
+    ],
+)
+def test_a_cell_is_scored_on_the_splits_that_its_seed_is_for(search_seeds, searched, tabled, tmp_path):
+    spec = two_stage(tmp_path, search_seeds)
+    table = table_cells(spec, {"fura": 0.003})
+    assert [cell.name for cell in table] == ["fura/lr-0.003/seed-0", "fura/lr-0.003/seed-1"]
+    assert scored_splits(spec, search_cells(spec)[0]) == searched
+    assert scored_splits(spec, table[1]) == tabled
+
+
+def test_only_the_chosen_rate_is_run_with_every_seed_and_a_resumed_search_is_not_repeated(tmp_path, monkeypatch):
+    spec, output, ran = two_stage(tmp_path, [0]), tmp_path / "out", []
+
+    def run_cell(folder):
+        name = folder.relative_to(output).as_posix()
+        ran.append(name)
+        if name == broken:
+            return 1
+        request = json.loads((folder / "cell.json").read_text())
+        score = {"scores": {"pass@1": {"mean": 0.9 if "lr-0.003" in name else 0.1}}}
+        (folder / RESULT).write_text(json.dumps({"scores": dict.fromkeys(request["splits"], score)}))
+        return 0
+
+    monkeypatch.setattr(sweep, "run_cell", run_cell)
+    broken = "fura/lr-0.003/seed-0"
+    assert [cell.name for cell in sweep.run_sweep(spec, output, 2, lambda line: None)] == [broken]
+    search = ["fura/lr-0.001/seed-0", "fura/lr-0.003/seed-0", "lora-wide/lr-0.001/seed-0"]
+    assert sorted(ran[:3]) == search
+    assert sorted(ran[3:]) == ["fura/lr-0.001/seed-1", "lora-wide/lr-0.001/seed-1"], "a failed rate is not chosen"
+    ran.clear()
+    broken, told = None, []
+    assert sweep.run_sweep(spec, output, 2, told.append) == []
+    assert ran == ["fura/lr-0.003/seed-0", "fura/lr-0.003/seed-1"], "its score came late and changed the choice"
+    assert "chosen on the validation split: fura 0.003, lora-wide 0.001" in told
 
 
 def test_a_rate_with_a_missing_seed_takes_no_part_and_failures_are_told(finished):
@@ -174,12 +275,41 @@ def test_the_report_says_what_the_results_say_and_needs_nothing_else(finished):
         assert f"{line.scores['pass@4']['mean']:.3f} (" in page
     assert not re.search(r"(?:src|href)=['\"](?!data:)", page), "nothing is loaded from elsewhere"
     assert "<script" not in page
-    assert page.count("data:image/png;base64,") == 4
+    titles = ("on the test split", "Reward during", "Held-out pass@1 during", "KL to the base", "Spectra", "by phase")
+    assert page.count("data:image/png;base64,") == 2 * len(titles)
+    for title in titles:
+        assert re.search(rf"<h2>[^<]*{title}", page), title
+        assert re.search(rf"## .*{title}", text), title
+    figures = re.findall(r"!\[.*\]\((figures/.*\.png)\)", text)
+    assert len(figures) == len(titles)
+    assert all((output / figure).read_bytes().startswith(b"\x89PNG") for figure in figures)
+    measured_with = "commit cafe on a machine, 3 threads with torch 2.9; seeds 0, 1; 4 samples a problem"
+    tables = page.count("<table")
+    assert page.count(f"{measured_with}</figcaption>") == tables + len(titles), "under every table and plot"
+    assert text.count(f"{measured_with}*") == tables + len(titles)
+    assert "Config quickstart.yaml" in page
+    assert "0.0500 ± 0.0354" in page, "KL per token"
+    assert "0.250 ± 0.000 (random 0.062)" in text, "overlap"
     assert "prefers-color-scheme: dark" in page
     assert str(output) not in page + text, "no path of this machine"
-    assert "commit abc" in text
     saved = json.loads((output / "results.json").read_text())
     assert saved["lines"][0]["scores"] == results.lines[0].scores
+
+
+def test_what_the_cells_did_not_record_is_left_out_of_the_report(finished):
+    spec, output = finished
+    for file in output.rglob("environment.json"):
+        file.unlink()
+    for file in output.rglob(RESULT):
+        unmeasured = json.loads(file.read_text())
+        for key in measurements(kl=0.0, cosines=[]):
+            unmeasured.pop(key, None)
+        file.write_text(json.dumps(unmeasured))
+    write_report(spec, collect(spec, output), output, ENVIRONMENT)
+    page = (output / "report.html").read_text()
+    assert "commit abc on cpu, 2 threads" in page
+    assert page.count("data:image/png;base64,") == 2 * 3
+    assert "<td>-</td>" in page
 
 
 LIGHT_DARK = {"light": [], "dark": ["--blink-settings=preferredColorScheme=0"]}
@@ -223,7 +353,7 @@ def test_finished_cells_are_not_run_again_and_one_failure_does_not_stop_the_rest
         ran.append(folder.relative_to(output).as_posix())
         if "seed-1" in folder.name:
             return 1
-        (folder / RESULT).write_text("{}")
+        (folder / RESULT).write_text(json.dumps({"scores": {"validation": {"scores": {"pass@1": {"mean": 0.5}}}}}))
         return 0
 
     monkeypatch.setattr(sweep, "run_cell", run_cell)
@@ -235,6 +365,19 @@ def test_finished_cells_are_not_run_again_and_one_failure_does_not_stop_the_rest
     assert all(name.endswith("seed-1") for name in ran)
     assert len(ran) == 3
     assert "6 cells, 3 done already" in told
+
+
+def test_cells_that_start_together_get_ports_of_their_own(tmp_path, monkeypatch):
+    ports = []
+
+    def start(command, *, env, **settings):
+        ports.append(env["MASTER_PORT"])
+        (tmp_path / RESULT).write_text("{}")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(sweep.subprocess, "run", start)
+    assert [sweep.run_cell(tmp_path) for _ in range(4)] == [0] * 4
+    assert len(set(ports)) == 4
 
 
 SMALL = f"""

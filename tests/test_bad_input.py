@@ -1,5 +1,6 @@
 """Bad input ends before an engine starts, with one clear message and a non-zero exit code, through the real script."""
 
+import dataclasses
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -12,8 +13,9 @@ from trl import GRPOConfig
 
 from fura_rl import FuraConfig
 from fura_rl.adapters.registry import find_method, peft_config_for
-from fura_rl.config import parse_arguments, resolve_model
+from fura_rl.config import DATACLASSES, parse_arguments, resolve_model
 from fura_rl.trainer import check_settings
+from fura_rl.validation import CHOICES, RULES, TOGETHER
 
 SCRIPT = REPOSITORY / "launch" / "grpo_math.py"
 QUICKSTART = str(REPOSITORY / "configs" / "quickstart.yaml")
@@ -73,8 +75,8 @@ def test_target_modules_that_match_nothing(tmp_path):
 
 def test_a_batch_that_does_not_divide_into_groups(tmp_path):
     error = refused(launch("--config", QUICKSTART, "--num_generations", 7))
-    assert "7" in error
-    assert "divisible" in error
+    assert "a batch of 128 completions is not divisible into groups of num_generations=7" in error
+    assert "use num_generations=8, or a batch of 126" in error
 
 
 def test_an_unknown_adapter():
@@ -89,12 +91,75 @@ def test_an_unknown_adapter():
         (["--lerning_rate", "1"], r"'lerning_rate' in the command line \(did you mean 'learning_rate'\?\)"),
         (["--config", "/no.yaml"], r"--config '/no.yaml' is not a file"),
         (["--adapter_kwargs", "{block_size: 4}"], r"adapter_kwargs='\{block_size: 4\}' is not JSON"),
-        (["--eval_problems", "-1"], r"eval_problems=-1 must not be negative"),
+        (["--eval_problems", "-1"], r"eval_problems='-1' in the command line: expected 0 or more"),
+        (["--learning_rate", "fast"], r"learning_rate='fast' in the command line: expected a number"),
+        (["--max_steps", "1.5"], r"max_steps='1.5' in the command line: expected a whole number"),
+        (["--log_completions", "perhaps"], r"log_completions='perhaps' .* expected true or false"),
+        (["--beta", "0", "1"], r"beta='0 1' in the command line: expected a number, one of them"),
+        (["--lr_scheduler_type", "liner"], r"lr_scheduler_type='liner'.*one of linear, .*; did you mean 'linear'\?"),
+        (["--vllm_mode", "serve"], r"expected one of colocate, server; did you mean 'server'\?"),
+        (["--loss_type", "dap"], r"loss_type='dap'.*; did you mean 'dapo'\?"),
+        (["--sync_mode", "densely"], r"sync_mode='densely'.*auto, dense, factored; did you mean 'dense'\?"),
+        (["--temperature", "0"], r"temperature='0' in the command line: expected more than 0"),
+        (["--learning_rate", "nan"], r"learning_rate='nan'"),
+        (["--num_generations", "1"], r"num_generations='1'.*expected 2 or more"),
+        (["--vllm_gpu_memory_utilization", "1.5"], r"expected more than 0 and at most 1"),
+        (["--alarm_truncated_frac", "2"], r"alarm_truncated_frac='2'.*a share between 0 and 1"),
+        (["--generation_batch_size", "100"], r"generation_batch_size=100 is not divisible by .* = 128; use 128"),
+        (["--generation_batch_size", "128", "--steps_per_generation", "1"], r"are both set: give one"),
+        (["--max_completion_length", "192"], r"max_completion_length=192 leaves no room.*vllm_max_model_length=192"),
+        (["--bf16", "true", "--fp16", "true"], r"bf16 and fp16 are both true"),
+        (["--reward_funcs", "math_rewad"], r"reward_funcs='math_rewad' .*did you mean 'math_reward'\?"),
+        (["--report_to", "swanlab"], r"report_to=swanlab is not installed: pip install swanlab"),
+        (["--eval_samples", "0"], r"eval_samples='0' in the command line: expected 1 or more"),
     ],
 )
 def test_arguments_are_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
         parse_arguments(options, default_config=QUICKSTART)
+
+
+def refusal(tmp_path, **settings):
+    """The faults of the quickstart with other settings, from a YAML file."""
+    config = tmp_path / "mine.yaml"
+    config.write_text(yaml.safe_dump(yaml.safe_load(Path(QUICKSTART).read_text()) | settings))
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  the message is what the tests look at
+        parse_arguments(["--config", str(config)])
+    return str(caught.value).splitlines()
+
+
+def test_all_faults_are_reported_at_once_with_key_value_and_expectation(tmp_path):
+    first, *faults = refusal(
+        tmp_path,
+        lerning_rate=1, learning_rate="fast", max_steps=1.5, num_generations=7, adapter="furra", top_p=0,
+        dtype="float31", reward_funcs="math_reward", bf16=3, beta=None, report_to={"a": 1}, eval_problems=-1,
+        max_grad_norm=float("nan"),
+    )  # fmt: skip
+    where = f"in {tmp_path / 'mine.yaml'}: expected"
+    expected = [
+        "unknown setting 'lerning_rate'", f"learning_rate='fast' {where} a number",
+        f"max_steps=1.5 {where} a whole number", "groups of num_generations=7; use num_generations=8",
+        "adapter='furra' is not one of", f"top_p=0 {where} more than 0 and at most 1",
+        f"dtype='float31' {where} one of auto, bfloat16, float16, float32; did you mean 'float32'?",
+        f"reward_funcs='math_reward' {where} a list", f"bf16=3 {where} true or false", f"beta=None {where} a number",
+        "report_to={'a': 1}", f"eval_problems=-1 {where} 0 or more", f"max_grad_norm=nan {where} 0 or more",
+    ]  # fmt: skip
+    assert first == f"{len(expected)} faults in the settings:"
+    assert [text for text in expected if not any(text in fault for fault in faults)] == []
+    assert len(faults) == len(expected)
+
+
+def test_choices_that_this_project_lists_are_trls():
+    from trl.trainer import grpo_trainer
+
+    source = Path(grpo_trainer.__file__).read_text()
+    names = ("loss_type", "vllm_importance_sampling_mode", "importance_sampling_level")
+    assert [c for name in names for c in CHOICES[name] if f'"{c}"' not in source] == []
+
+
+def test_every_rule_is_of_a_setting():
+    known = {field.name for cls in DATACLASSES for field in dataclasses.fields(cls)}
+    assert (RULES.keys() | CHOICES.keys() | {name for names in TOGETHER.values() for name in names}) <= known
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from conftest import REPOSITORY
 
 from fura_rl.config import HELP_GROUPS, help_text, parse_arguments
 
-CONFIGS = [*sorted((REPOSITORY / "configs").glob("q*/*.yaml")), REPOSITORY / "configs" / "quickstart.yaml"]
+CONFIGS = sorted(path for pattern in ("*.yaml", "q*/*.yaml") for path in (REPOSITORY / "configs").glob(pattern))
 QUICKSTART = str(REPOSITORY / "configs" / "quickstart.yaml")
 CPU = ["--use_cpu", "true", "--bf16", "false"]
 

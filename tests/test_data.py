@@ -1,6 +1,7 @@
 """Data: every schema the field ships, local and embedded, becomes `prompt` and `answer`; bad golds are noticed."""
 
 import json
+import re
 
 import pytest
 from datasets import Dataset
@@ -10,8 +11,9 @@ from trl.scripts.utils import DatasetConfig
 
 from fura_rl.config import MathScriptArguments
 from fura_rl.data import encode_prompts, gold_text, load_splits, pick_split, prepare
-from fura_rl.quickstart import BASE_MODEL
-from fura_rl.quickstart.problems import make_rows, split_of
+from fura_rl.quickstart import BASE_MODEL, multi_step
+from fura_rl.quickstart.problems import SPLITS, make_rows, split_of
+from fura_rl.quickstart.tasks import TASKS
 
 MATH = [{"problem": "1+1?", "solution": r"It is \boxed{2}.", "level": "Level 1", "type": "Algebra"}]
 GSM8K = [{"question": "1+1?", "answer": "1+1=<<1+1=2>>2\n#### 2"}]
@@ -195,3 +197,45 @@ def test_quickstart_problems_are_right_and_their_splits_share_no_operands():
             assert int(row["answer"]) in (a + b, a - b)
             assert split_of(a, b, op) == split
             assert row["solution"].endswith(rf"\boxed{{{row['answer']}}}")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_splits_of_an_embedded_task_are_disjoint_and_their_solutions_end_in_the_gold(task):
+    splits = load_splits(MathScriptArguments(dataset_name=task))
+    assert {name: len(split) for name, split in splits.items()} == TASKS[task].sizes
+    texts = [set(split["problem"]) for split in splits.values()]
+    assert len(set.union(*texts)) == sum(map(len, texts))
+    for split in splits.values():
+        for row in split:
+            assert row["solution"].endswith(rf"\boxed{{{row['answer']}}}")
+
+
+def numbers(row):
+    return [int(word) for word in re.findall(r"\d+", row["problem"])]
+
+
+def test_multi_step_is_tested_on_operands_that_training_never_shows():
+    splits = {name: list(rows) for name, rows in load_splits(MathScriptArguments(dataset_name="multi_step")).items()}
+    operands = {name: {n for row in rows for n in numbers(row)} for name, rows in splits.items()}
+    assert max(operands["train"] | operands["validation"]) < min(operands["test"])
+    problems = {
+        name: {(*numbers(row), row["answer"]) for row in rows if row["problem"].startswith("What")}
+        for name, rows in splits.items()
+    }
+    assert not problems["train"] & problems["validation"], "the same sum is in one split alone"
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_multi_step_problems_are_worked_right_and_read_as_they_are_told(split):
+    for row in multi_step.make_rows(split, 200, seed=1):
+        first, second, box = row["solution"].split(" ")
+        for step in (first, second):
+            sum_, result = step.split("=")
+            left, op, right = re.fullmatch(r"(\d+)([+-])(\d+)", sum_).groups()
+            assert int(result) == int(left) + int(right) * (1 if op == "+" else -1)
+        assert second.startswith(first.split("=")[1])
+        told = re.sub(r"(?:buys|finds) ", "+", re.sub(r"(?:sells|loses) ", "-", row["problem"]))
+        ops = "".join(re.findall(r"[+-]", told))
+        assert re.sub(r"\d", "", first + second) == f"{ops[0]}={ops[1]}="
+        assert multi_step.split_of(tuple(numbers(row)), ops) == split
+        assert box == rf"\boxed{{{row['answer']}}}"

@@ -147,14 +147,14 @@ def test_the_readmes_python_blocks_run(tmp_path):
 
 
 def test_the_readmes_commands_are_known():
-    from fura_rl.config import refuse_unknown_keys
+    from fura_rl.config import refuse_faults
 
     blocks = re.findall(r"```sh\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
     lines = [line.partition("#")[0].split() for block in blocks for line in block.splitlines()]
     training = [line[line.index("launch/grpo_math.py") + 1 :] for line in lines if "launch/grpo_math.py" in line]
     assert len(training) == 6
     for options in training:
-        refuse_unknown_keys([option for option in options if option != "--help"])
+        refuse_faults([option for option in options if option != "--help"])
     targets = {line[1] for line in lines if line[:1] == ["make"]}
     makefile = (REPOSITORY / "Makefile").read_text()
     assert targets == {"demo", "test"}

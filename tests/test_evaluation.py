@@ -88,7 +88,8 @@ def test_every_benchmark_is_read_in_the_hubs_schema_and_only_at_its_size(name, t
 def test_every_benchmark_states_its_source_size_and_convention():
     sizes = {
         "math_500": 500, "aime_24": 30, "aime_25": 30, "amc_23": 40, "minerva": 272, "olympiadbench": 674,
-        "gsm8k": 1319, "quickstart": 400, "quickstart_validation": 200,
+        "gsm8k": 1319, "quickstart": 400, "quickstart_validation": 200, "multi_step": 300,
+        "multi_step_validation": 200,
     }  # fmt: skip
     assert {name: benchmark.size for name, benchmark in BENCHMARKS.items()} == sizes
     for name, benchmark in BENCHMARKS.items():

@@ -1,15 +1,19 @@
 """FuRA as a PEFT method: the oracle, and what PEFT users expect of any adapter."""
 
 import copy
+import enum
 import warnings
 
+import peft.mapping
 import pytest
 import torch
 from conftest import TOLERANCE, relative_error
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from fura_rl import FuraConfig
+from fura_rl.adapters.registration import register
 
 
 class TwoLayers(nn.Module):
@@ -169,3 +173,21 @@ def test_prime_dimensions_warn_and_rank_deficient_blocks_are_counted():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         get_peft_model(TwoLayers(), FuraConfig(target_modules=["first"]))
+
+
+def test_a_name_or_a_prefix_that_another_package_has_is_refused():
+    class Kind(enum.StrEnum):
+        TAKEN, NEW = "FURA", "SOME_OTHER"
+
+    class OtherConfig(PeftConfig):
+        pass
+
+    class OtherTuner(BaseTuner):
+        prefix = "fura_"
+
+    before = dict(peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING)
+    with pytest.raises(KeyError, match="another package has registered a PEFT method called 'FURA'"):
+        register(Kind.TAKEN, OtherConfig, OtherTuner)
+    with pytest.raises(KeyError, match="the parameter prefix 'fura_' belongs to another"):
+        register(Kind.NEW, OtherConfig, OtherTuner)
+    assert before == peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING

@@ -11,6 +11,7 @@ from trl import ModelConfig
 from fura_rl.adapters.registry import peft_config_for
 from fura_rl.rollout_client import RolloutClient, split
 from fura_rl.sync.probe import StaleEngineError
+from fura_rl.sync.remote_engine import RemoteSyncError
 from fura_rl.sync.weight_sync import WeightSync
 
 PROBE = list(range(5, 45))
@@ -31,6 +32,10 @@ def servers(tied_checkpoint, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_every_replica_serves_the_version_that_was_synced(servers, tied_checkpoint, monkeypatch):
+    with monkeypatch.context() as stranger:
+        stranger.setenv("FURA_ROLLOUT_TOKEN", "a guess of this test")
+        with pytest.raises(RemoteSyncError, match=r"wants another token; set FURA_ROLLOUT_TOKEN to the server's"):
+            RolloutClient(servers[0].url, 120.0).engine.transport.call("fura_status")
     client = RolloutClient(",".join(server.url for server in servers), 120.0)
     model = AutoModelForCausalLM.from_pretrained(tied_checkpoint, dtype=torch.float32)
     policy = get_peft_model(model, peft_config_for("fura", ModelConfig(), None, None))
@@ -51,6 +56,7 @@ def test_every_replica_serves_the_version_that_was_synced(servers, tied_checkpoi
         sync.sync()
     assert first.serves_last()
     client.close()
+    assert all("secret of this test" not in server.log.read_text() for server in servers)
 
 
 def test_items_are_split_in_order_and_evenly():

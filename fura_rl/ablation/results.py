@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fura_rl.ablation.cell import RESULT
-from fura_rl.ablation.spec import Cell, Spec, cells
+from fura_rl.ablation.rate_choice import best_rates, finished, rate_scores
+from fura_rl.ablation.spec import Cell, Spec, search_cells, table_cells
 from fura_rl.ablation.sweep import FAILED
 from fura_rl.evaluation.estimators import bootstrap
 from fura_rl.evaluation.run_folder import RunFolder
 from fura_rl.evaluation.scores import Values, problem_values
 
 Interval = dict[str, float]  # mean, low, high
+Spread = dict[str, float]  # mean and deviation over seeds
+UPDATE_FIGURES = ("relative_size", "stable_rank", "overlap", "chance")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,15 @@ class Line:
     payload_bytes: int
     validation: dict[str, float]  # learning rate -> mean of the choosing measure on the validation split
     at_edge: bool  # the chosen rate is the smallest or largest tried
+    # measured on the trained policy; None where a cell was run before it was measured
+    kl_per_token: Spread | None = None  # nats, policy against base, on the policy's own completions
+    kl_per_completion: Spread | None = None
+    update: dict[str, Spread | None] = field(default_factory=dict)  # see diagnostics.UpdateShape
+    update_cosine: Spread | None = None  # what rounding leaves of the update, mean over syncs
+    spectrum: list[float] | None = field(repr=False, default=None)  # singular values of the update over the largest
+    base_spectrum: list[float] | None = field(repr=False, default=None)
     rewards: list[list[float]] = field(repr=False, default_factory=list)  # per seed, per step
+    evaluations: list[list[tuple[int, float]]] = field(repr=False, default_factory=list)  # per seed: (step, pass@1)
 
 
 @dataclass(frozen=True)
@@ -48,29 +58,24 @@ class Results:
     failed: dict[str, str]  # cell -> the end of its log
     unfinished: list[str]
     measures: list[str]
+    environments: list[dict[str, Any]]  # what the cells ran on: one, unless they were run in different places
 
 
 def collect(spec: Spec, output: Path) -> Results:
-    """The table of what has been run so far; an entry without one finished learning rate is left to `unfinished`.
+    """The table of what has been run so far.
 
-    Only learning rates at which every seed finished take part, so that no rate wins by a lucky seed.
+    The learning rate of an entry is chosen by the search cells alone, among the rates at which every search seed
+    finished; the entry stands in the table once every seed finished at that rate.
     """
-    every = cells(spec)
-    raw = {cell: json.loads(file.read_text()) for cell in every if (file := output / cell.name / RESULT).is_file()}
+    search = search_cells(spec)
+    validation = rate_scores(spec, finished(search, output))
+    planned = table_cells(spec, best_rates(validation))
+    every = [*search, *(cell for cell in planned if cell not in search)]
+    raw = finished(every, output)
     failures = {cell.name: output / cell.name / FAILED for cell in every if cell not in raw}
     failed = {name: file.read_text() for name, file in failures.items() if file.is_file()}
-    chosen: dict[str, list[Cell]] = {}
-    validation: dict[str, dict[str, float]] = {}
-    for entry in spec.adapters:
-        whole = {}
-        for rate in spec.rates_of(entry):
-            group = [cell for cell in every if (cell.label, cell.learning_rate) == (entry.label, rate)]
-            if all(cell in raw for cell in group):
-                whole[rate] = group
-        if whole:
-            means = {rate: validation_score([raw[cell] for cell in group], spec) for rate, group in whole.items()}
-            validation[entry.label] = {f"{rate:g}": mean for rate, mean in means.items()}
-            chosen[entry.label] = whole[max(means, key=means.__getitem__)]
+    groups = {label: [cell for cell in planned if cell.label == label] for label in validation}
+    chosen = {label: group for label, group in groups.items() if all(cell in raw for cell in group)}
     values = {label: [test_values(output, cell, spec) for cell in group] for label, group in chosen.items()}
     baseline = mean_over_seeds(values[spec.baseline]) if spec.baseline in values else None
     lines = [
@@ -79,11 +84,16 @@ def collect(spec: Spec, output: Path) -> Results:
     ]
     unfinished = [cell.name for cell in every if cell not in raw and cell.name not in failed]
     measures = list(next(iter(values.values()))[0]) if values else []
-    return Results(lines, failed, unfinished, measures)
+    return Results(lines, failed, unfinished, measures, environments(output, raw))
 
 
-def validation_score(group: Sequence[dict[str, Any]], spec: Spec) -> float:
-    return statistics.fmean(result["scores"]["validation"]["scores"][spec.scoring.measure]["mean"] for result in group)
+def environments(output: Path, ran: Iterable[Cell]) -> list[dict[str, Any]]:
+    """The distinct environments that the runs of these cells recorded."""
+    found: list[dict[str, Any]] = []
+    for file in (output / cell.name / "run" / "environment.json" for cell in ran):
+        if file.is_file() and (environment := json.loads(file.read_text())) not in found:
+            found.append(environment)
+    return found
 
 
 def test_values(output: Path, cell: Cell, spec: Spec) -> Values:
@@ -100,7 +110,7 @@ def mean_over_seeds(values: Sequence[Values]) -> Values:
 
 def make_line(
     spec: Spec, group: Sequence[Cell], raw: Sequence[dict[str, Any]], values: Sequence[Values],
-    baseline: Values | None, validation: dict[str, float],
+    baseline: Values | None, validation: dict[float, float],
 ) -> Line:  # fmt: skip
     means, first = mean_over_seeds(values), group[0]
     [entry] = [entry for entry in spec.adapters if entry.label == first.label]
@@ -124,10 +134,41 @@ def make_line(
         peak_memory_gib=max(result["peak_memory_gib"] for result in raw),
         phase_seconds_per_step=phases,
         payload_bytes=raw[0]["payload_bytes"] or 0,
-        validation=validation,
+        validation={f"{rate:g}": score for rate, score in validation.items()},
         at_edge=len(rates) > 1 and first.learning_rate in (min(rates), max(rates)),
+        kl_per_token=spread(figures(raw, "divergence", "per_token")),
+        kl_per_completion=spread(figures(raw, "divergence", "per_completion")),
+        update={name: spread(figures(raw, "update", name)) for name in UPDATE_FIGURES},
+        update_cosine=spread([mean_cosine(result.get("update_cosines", ())) for result in raw]),
+        spectrum=mean_curve(figures(raw, "update", "spectrum")),
+        base_spectrum=mean_curve(figures(raw, "update", "base_spectrum")),
         rewards=[result["rewards"] for result in raw],
+        evaluations=[result.get("evaluations", []) for result in raw],
     )
+
+
+def figures(raw: Sequence[dict[str, Any]], part: str, name: str) -> list[Any]:
+    """One figure of every seed, None where a cell lacks it."""
+    return [result.get(part, {}).get(name) for result in raw]
+
+
+def mean_cosine(cosines: Sequence[float | None]) -> float | None:
+    known = [cosine for cosine in cosines if cosine is not None]
+    return statistics.fmean(known) if known else None
+
+
+def spread(values: Sequence[float | None]) -> Spread | None:
+    """Mean and deviation over seeds; None where any seed has no value."""
+    if any(value is None for value in values):
+        return None
+    return {"mean": statistics.fmean(values), "deviation": deviation(values)}
+
+
+def mean_curve(curves: Sequence[list[float] | None]) -> list[float] | None:
+    """Value by value over seeds; None where any seed has none."""
+    if any(curve is None for curve in curves):
+        return None
+    return [statistics.fmean(column) for column in zip(*curves, strict=True)]
 
 
 def deviation(values: Sequence[float]) -> float:

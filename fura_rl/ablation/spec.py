@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import product
@@ -49,6 +50,8 @@ class Spec:
         settings: overrides of the base, the same for every cell.
         baseline: label of the entry that the others are compared with.
         match_parameters: adapter whose number of trained parameters the others are brought to, or None.
+        search_seeds: seeds that choose each entry's learning rate, on the validation split; only the chosen rate is
+            then run with `seeds`, which make the table.  Empty: all of `seeds` run at every rate and choose.
         scoring: how policies are scored.
     """
 
@@ -59,7 +62,12 @@ class Spec:
     baseline: str
     settings: dict[str, Any] = field(default_factory=dict)
     match_parameters: str | None = None
+    search_seeds: tuple[int, ...] = ()
     scoring: Scoring = field(default_factory=Scoring)
+
+    @property
+    def choosing_seeds(self) -> tuple[int, ...]:
+        return self.search_seeds or self.seeds
 
     def rates_of(self, entry: Entry) -> tuple[float, ...]:
         return entry.learning_rates or self.learning_rates
@@ -106,6 +114,7 @@ def load_spec(path: Path) -> Spec:
         baseline=str(raw.get("baseline")),
         settings=dict(raw.get("settings") or {}),
         match_parameters=raw.get("match_parameters"),
+        search_seeds=tuple(raw.get("search_seeds") or ()),
         scoring=Scoring(**scoring),
     )
     if faults := [f"{key} is not set" for key in missing] + spec_faults(spec):
@@ -126,6 +135,8 @@ def spec_faults(spec: Spec) -> list[str]:
             faults.append(str(error))
     if spec.baseline not in labels:
         faults.append(f"baseline={spec.baseline!r} is not one of the labels {', '.join(labels)}")
+    for key, seeds in (("seeds", spec.seeds), ("search_seeds", spec.search_seeds)):
+        faults += [f"{key} names {seed} twice" for seed in sorted({seed for seed in seeds if seeds.count(seed) > 1})]
     own = sorted({"adapter", "adapter_kwargs", "learning_rate", "seed", "output_dir"} & spec.settings.keys())
     faults += [f"settings.{key} is what the ablation varies" for key in own]
     return faults
@@ -139,13 +150,29 @@ def refuse_unknown(values: dict[str, Any], cls: type, where: str) -> None:
         raise ValueError(f"unknown setting {unknown[0]!r} in {where}{hint}")
 
 
-def cells(spec: Spec) -> list[Cell]:
-    """Every run of the ablation, seeds innermost."""
+def search_cells(spec: Spec) -> list[Cell]:
+    """The runs that choose learning rates: every entry at every rate, seeds innermost."""
     return [
         Cell(entry.label, rate, seed)
         for entry in spec.adapters
-        for rate, seed in product(spec.rates_of(entry), spec.seeds)
+        for rate, seed in product(spec.rates_of(entry), spec.choosing_seeds)
     ]
+
+
+def table_cells(spec: Spec, rates: Mapping[str, float]) -> list[Cell]:
+    """The runs that make the table: every entry that has a chosen rate, at that rate, with all seeds."""
+    return [
+        Cell(entry.label, rates[entry.label], seed)
+        for entry in spec.adapters
+        if entry.label in rates
+        for seed in spec.seeds
+    ]
+
+
+def scored_splits(spec: Spec, cell: Cell) -> list[str]:
+    """What a run is scored on: the validation split where it helps to choose, the test split where it is reported."""
+    uses = {"validation": cell.seed in spec.choosing_seeds, "test": cell.seed in spec.seeds}
+    return [split for split, used in uses.items() if used]
 
 
 def training_options(spec: Spec, cell: Cell, adapter_kwargs: dict[str, Any], output_dir: Path) -> list[str]:
@@ -155,7 +182,9 @@ def training_options(spec: Spec, cell: Cell, adapter_kwargs: dict[str, Any], out
     for key, value in spec.settings.items():
         options += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     options += ["--adapter", entry.adapter, "--learning_rate", repr(cell.learning_rate), "--seed", str(cell.seed)]
-    options += ["--output_dir", str(output_dir), "--eval_problems", "0"]
+    options += ["--output_dir", str(output_dir)]
+    if "eval_strategy" not in spec.settings:  # held-out accuracy during training is for its curve alone
+        options += ["--eval_problems", "0"]
     return options + (["--adapter_kwargs", json.dumps(adapter_kwargs)] if adapter_kwargs else [])
 
 

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 from fura_rl.ablation.cell import CELL, RESULT
-from fura_rl.ablation.spec import Cell, Spec, cells, matched_settings, training_options
+from fura_rl.ablation.rate_choice import best_rates, finished, rate_scores
+from fura_rl.ablation.spec import (
+    Cell,
+    Spec,
+    matched_settings,
+    scored_splits,
+    search_cells,
+    table_cells,
+    training_options,
+)
 from fura_rl.report import environment, write_json
 
 SPEC, LOG, FAILED = "spec.json", "log.txt", "failed.txt"
@@ -41,16 +53,32 @@ def open_sweep(spec: Spec, output: Path) -> None:
 def run_sweep(spec: Spec, output: Path, processes: int, tell: Callable[[str], None]) -> list[Cell]:
     """Run every cell that has no result yet, `processes` at a time; the cells that failed.
 
-    A failed cell is tried again the next time; a killed one goes on from its last checkpoint.
+    First the cells that choose the learning rates, then those of the chosen rates that are still missing.  A failed
+    cell is tried again the next time; a killed one goes on from its last checkpoint.
     """
-    every, settings = cells(spec), matched_settings(spec)
+    settings, search = matched_settings(spec), search_cells(spec)
+    failed = run_cells(spec, search, settings, output, processes, tell)
+    rates = best_rates(rate_scores(spec, finished(search, output)))
+    rest = [cell for cell in table_cells(spec, rates) if cell not in search]
+    if rest:
+        tell("chosen on the validation split: " + ", ".join(f"{label} {rate:g}" for label, rate in rates.items()))
+        failed += run_cells(spec, rest, settings, output, processes, tell)
+    return failed
+
+
+def run_cells(
+    spec: Spec, every: Sequence[Cell], settings: dict[str, dict[str, Any]], output: Path, processes: int,
+    tell: Callable[[str], None],
+) -> list[Cell]:  # fmt: skip
+    """Run those of `every` that have no result yet; the cells that failed."""
     waiting = [cell for cell in every if not (output / cell.name / RESULT).is_file()]
     tell(f"{len(every)} cells, {len(every) - len(waiting)} done already")
     for cell in waiting:
         folder = output / cell.name
         folder.mkdir(parents=True, exist_ok=True)
         options = training_options(spec, cell, settings[cell.label], folder / "run")
-        write_json(folder / CELL, {"options": options, "scoring": dataclasses.asdict(spec.scoring)})
+        scoring = dataclasses.asdict(spec.scoring)
+        write_json(folder / CELL, {"options": options, "splits": scored_splits(spec, cell), "scoring": scoring})
         (folder / FAILED).unlink(missing_ok=True)
     failed, done = [], len(every) - len(waiting)
     with ThreadPoolExecutor(max_workers=processes) as pool:
@@ -67,12 +95,19 @@ def run_sweep(spec: Spec, output: Path, processes: int, tell: Callable[[str], No
 
 def run_cell(folder: Path) -> int:
     """Run one cell to its end; its exit code.  What it prints goes to its log, the end of it to `failed.txt`."""
+    command = [sys.executable, "-m", "fura_rl.ablation.cell", str(folder)]
+    # Left to itself TRL looks for a free port among the same few in every process: two that start together take one.
+    settings = os.environ | {"MASTER_PORT": str(free_port())}
     with open(folder / LOG, "a") as log:
-        code = subprocess.run(
-            [sys.executable, "-m", "fura_rl.ablation.cell", str(folder)], stdout=log, stderr=log, check=False
-        ).returncode
+        code = subprocess.run(command, stdout=log, stderr=log, env=settings, check=False).returncode
     if code or not (folder / RESULT).is_file():
         tail = (folder / LOG).read_text().splitlines()[-TAIL_LINES:]
         (folder / FAILED).write_text("\n".join([f"exit code {code}", *tail]) + "\n")
         return code or 1
     return 0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

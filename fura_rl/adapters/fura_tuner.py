@@ -6,7 +6,6 @@ import re
 import warnings
 from typing import Any
 
-import peft.mapping
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, resolve_quantization_backend
@@ -16,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from fura_rl.adapters.fura_config import FuraConfig, FuraPeftType
+from fura_rl.adapters.fura_config import FuraConfig
 from fura_rl.adapters.fura_layer import FuraLinear
 
 # The paper adapts all seven projections; for architectures that name them otherwise PEFT's own choice stands.
@@ -193,27 +192,3 @@ def check_supported(target: nn.Module, name: str) -> None:
         raise TypeError(f"{name} is a {type(target).__name__}; FuRA adapts linear layers (nn.Linear, Conv1D) only")
     if backend is None and not target.weight.is_floating_point():
         raise TypeError(f"{name} has {target.weight.dtype} weights; FuRA needs a floating-point weight")
-
-
-def register_with_peft() -> None:
-    """Make PEFT know FuRA: config, tuner and parameter prefix, with `peft.utils.register_peft_method`'s checks.
-
-    That function wants a member of PEFT's own enum, which belongs to PEFT; the three tables take any `str` enum
-    (read in peft 0.21).  Calling this twice is harmless.
-
-    Raises:
-        KeyError: where another package has taken the name or the prefix.
-    """
-    tables = (
-        (peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING, FuraConfig),
-        (peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING, FuraModel),
-        (peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING, FuraModel.prefix),
-    )
-    for table, entry in tables:
-        if table.get(FuraPeftType.FURA, entry) is not entry:
-            raise KeyError("another package has registered a PEFT method called 'FURA'; import only one of them")
-    prefixes = peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING
-    if any(prefix == FuraModel.prefix and key != FuraPeftType.FURA for key, prefix in prefixes.items()):
-        raise KeyError(f"the parameter prefix {FuraModel.prefix!r} belongs to another PEFT method")
-    for table, entry in tables:
-        table[FuraPeftType.FURA] = entry

@@ -80,6 +80,11 @@ def _with_answer(ways: dict[int, list[int]], count: int, votes: int, places: int
     return extended
 
 
+def doubling_ks(n: int) -> list[int]:
+    """The k at which pass@k of n samples is told: 1, 2, 4 ... and n."""
+    return sorted({2**i for i in range(n.bit_length())} | ({n} if n else set()))
+
+
 def check_counts(n: int, c: int, k: int) -> None:
     if not 0 <= c <= n:
         raise ValueError(f"c={c} correct of n={n} samples is impossible")

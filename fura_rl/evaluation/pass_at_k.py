@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from fura_rl.data import encode_prompts
 from fura_rl.evaluation.benchmarks.benchmark import Benchmark
+from fura_rl.evaluation.estimators import doubling_ks
 from fura_rl.evaluation.problems import Problem
 from fura_rl.evaluation.run_folder import RunFolder
 from fura_rl.evaluation.sampling import Sampling, evaluate
@@ -79,7 +80,7 @@ def choose_ks(ks: Sequence[int] | None, passes: dict[str, Sampling]) -> list[int
     """
     n = passes["sampled"].n if "sampled" in passes else 0
     if ks is None:
-        return sorted({2**i for i in range(n.bit_length()) if 2**i <= n} | ({n} if n else set()))
+        return doubling_ks(n)
     if bad := [k for k in ks if not 1 <= k <= n]:
         raise ValueError(f"--k {' '.join(map(str, bad))} needs 1 <= k <= num_samples={n}; raise --num_samples")
     return sorted(set(ks))

@@ -10,7 +10,9 @@ Nothing here imports torch; the splits are disjoint by construction (see `split_
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 MAX_OPERAND = 59  # both operands are drawn from 10..MAX_OPERAND
 SPLITS = ("train", "validation", "test")
@@ -83,10 +85,17 @@ def sample_problem(rng: random.Random, split: str) -> Problem:
 
 def make_rows(split: str, count: int, seed: int) -> list[dict[str, str]]:
     """`count` rows of `split` with distinct problem texts, the same for the same seed."""
+    return distinct_rows(sample_problem, split, count, seed)
+
+
+def distinct_rows(
+    sample: Callable[[random.Random, str], Any], split: str, count: int, seed: int
+) -> list[dict[str, str]]:
+    """`count` rows of the problems that `sample` draws of `split`, no problem text twice."""
     rng = random.Random(f"{split}-{seed}")
     rows: dict[str, dict[str, str]] = {}
     while len(rows) < count:
-        problem = sample_problem(rng, split)
+        problem = sample(rng, split)
         rows.setdefault(problem.problem, problem.row())
     return list(rows.values())
 

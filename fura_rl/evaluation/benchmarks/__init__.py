@@ -13,6 +13,8 @@ from fura_rl.evaluation.benchmarks import (
     gsm8k,
     math_500,
     minerva,
+    multi_step,
+    multi_step_validation,
     olympiadbench,
     quickstart,
     quickstart_validation,
@@ -22,6 +24,8 @@ from fura_rl.evaluation.benchmarks.benchmark import Benchmark
 BENCHMARKS: dict[str, Benchmark] = {
     "quickstart": quickstart.BENCHMARK,
     "quickstart_validation": quickstart_validation.BENCHMARK,
+    "multi_step": multi_step.BENCHMARK,
+    "multi_step_validation": multi_step_validation.BENCHMARK,
     "math_500": math_500.BENCHMARK,
     "aime_24": aime_24.BENCHMARK,
     "aime_25": aime_25.BENCHMARK,

@@ -1,0 +1,29 @@
+"""No secret in what a run writes: neither values under a secret's name nor the secrets of the environment."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+SECRET_NAME = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|credentials?)$", re.IGNORECASE)
+SECRET_ARGUMENT = re.compile(r"(\w*(?:token|secret|password|api_?key)\s*=\s*)(['\"]).*?\2", re.IGNORECASE)
+SHORTEST = 6  # a shorter value of the environment is a switch, not a secret
+
+
+def redacted(value: Any, environment: Mapping[str, str] = os.environ) -> Any:
+    """`value` with every secret replaced by the name that it goes by, in angle brackets."""
+    if isinstance(value, dict):
+        return {
+            key: f"<{key}>" if SECRET_NAME.search(str(key)) and isinstance(item, str) else redacted(item, environment)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [redacted(item, environment) for item in value]
+    if not isinstance(value, str):
+        return value
+    for name, secret in environment.items():
+        if SECRET_NAME.search(name) and len(secret) >= SHORTEST:
+            value = value.replace(secret, f"<{name}>")
+    return SECRET_ARGUMENT.sub(r"\1<not shown>", value)

@@ -1,0 +1,118 @@
+"""The launchers of several processes: every accelerate config is one that accelerate takes, and what the batch script
+for Slurm would start.  Slurm itself is not here: a recorder stands in for its two commands."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from conftest import REPOSITORY
+
+CONFIGS = sorted((REPOSITORY / "configs" / "accelerate").glob("*.yaml"))
+SCRIPT = REPOSITORY / "launch" / "slurm_grpo.sbatch"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_takes_every_launcher_config_and_its_first_line_runs_it(path):
+    config = load_config_from_file(str(path))
+    raw = yaml.safe_load(path.read_text())
+    assert config.num_processes == raw["num_processes"]
+    assert str(config.distributed_type).endswith(raw["distributed_type"])
+    first = path.read_text().splitlines()[0]
+    assert first.startswith(f"# accelerate launch --config_file configs/accelerate/{path.name} ")
+    assert "launch/grpo_math.py" in first
+
+
+def test_every_kind_of_sharding_has_a_config():
+    assert {"ddp", "fsdp2", "zero2", "zero3", "single_gpu", "cpu", "ddp_cpu"} == {path.stem for path in CONFIGS}
+    stages = {path.stem: yaml.safe_load(path.read_text()).get("deepspeed_config", {}) for path in CONFIGS}
+    assert (stages["zero2"]["zero_stage"], stages["zero3"]["zero_stage"]) == (2, 3)
+    assert stages["zero3"]["zero3_init_flag"] is False, "each process needs base weights to make adapters from"
+
+
+@pytest.fixture
+def submit(tmp_path):
+    """Runs the batch script; gives its exit code, its srun calls (token, devices and words of each), and its errors."""
+    bin_folder, calls = tmp_path / "bin", tmp_path / "calls"
+    bin_folder.mkdir()
+    calls.mkdir()
+    recorder = (
+        f'#!/bin/bash\nfile=$(mktemp -p {calls}); printf "%q " "$FURA_ROLLOUT_TOKEN" "$CUDA_VISIBLE_DEVICES" "$@" > '
+        '"$file"\ncase "$*" in *serve_rollouts*) exec sleep 60;; esac\n'
+    )
+    commands = {"srun": recorder, "scontrol": '#!/bin/bash\nprintf "%s\\n" n0 n1 n2 n3\n'}
+    for name, text in commands.items():
+        (bin_folder / name).write_text(text)
+        (bin_folder / name).chmod(0o755)
+
+    def run(*options, **variables):
+        environment = os.environ | {
+            "PATH": f"{bin_folder}:{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY),
+            "SLURM_JOB_NODELIST": "n[0-3]", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "1", "ACTIVATE": "/dev/null",
+            "OUTPUT_DIR": str(tmp_path / "out"), "MODEL": "org/model",
+        }  # fmt: skip
+        done = subprocess.run(
+            ["bash", str(SCRIPT), *options],
+            env=environment | variables, capture_output=True, text=True, cwd=REPOSITORY, timeout=60,
+        )  # fmt: skip
+        return done.returncode, [shlex.split(path.read_text()) for path in calls.iterdir()], done.stderr
+
+    return run
+
+
+def option(words, name):
+    return (
+        next((word.partition("=")[2] for word in words if word.startswith(f"{name}=")), None)
+        or (words[words.index(name) + 1])
+    )
+
+
+def test_slurm_starts_servers_and_a_trainer_that_knows_them(submit):
+    code, calls, errors = submit("--config", "mine.yaml", "--seed", "3", TENSOR_PARALLEL="4", TRAINER_NODES="3")
+    assert code == 0, errors
+    servers = sorted((c for c in calls if "launch/serve_rollouts.py" in c), key=lambda words: option(words, "--port"))
+    [trainer] = [c for c in calls if "launch/grpo_math.py" in c]
+    assert [(s[1], option(s, "--nodelist"), option(s, "--port"), option(s, "--model")) for s in servers] == [
+        ("0,1,2,3", "n3", "8000", "org/model"), ("4,5,6,7", "n3", "8001", "org/model"),
+    ]  # fmt: skip
+    assert all(option(s, "--tensor-parallel-size") == "4" for s in servers)
+    assert (option(trainer, "--nodelist"), option(trainer, "--num_machines")) == ("n0,n1,n2", "3")
+    assert option(trainer, "--num_processes") == "24"
+    assert option(trainer, "--vllm_server_base_url") == "http://n3:8000,http://n3:8001"
+    assert option(trainer, "--config") == "mine.yaml"
+    assert "--resume_from_checkpoint" not in trainer
+    assert option(trainer, "--output_dir").endswith("/out")
+    [token] = {words[0] for words in calls}
+    assert len(token) == 64
+    assert not [word for words in calls for word in words[1:] if token in word], "a secret on a command line"
+
+
+def test_a_requeued_job_goes_on_from_its_checkpoint(submit, tmp_path):
+    checkpoint = tmp_path / "out" / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}")
+    code, calls, errors = submit("--config", "mine.yaml", FURA_ROLLOUT_TOKEN="mine")
+    assert code == 0, errors
+    [trainer] = [c for c in calls if "launch/grpo_math.py" in c]
+    assert option(trainer, "--resume_from_checkpoint") == "latest"
+    assert {words[0] for words in calls} == {"mine"}
+
+
+def test_slurm_reads_the_model_from_the_config(submit):
+    code, calls, errors = submit("--config", "configs/qwen3-1.7b/fura.yaml", MODEL="")
+    assert code == 0, errors
+    assert {option(c, "--model") for c in calls if "launch/serve_rollouts.py" in c} == {"Qwen/Qwen3-1.7B"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [({"TRAINER_NODES": "4"}, "leaves no node for rollouts"), ({"TENSOR_PARALLEL": "3"}, "does not divide the 8 GPUs")],
+)
+def test_slurm_variables_that_do_not_fit_start_nothing(submit, variables, message):
+    code, calls, errors = submit("--config", "mine.yaml", **variables)
+    assert (code, calls) == (2, [])
+    assert message in errors

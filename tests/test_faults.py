@@ -1,0 +1,168 @@
+"""Faults of the machine, each brought about for real: a port that is taken, a wrong token, no memory left."""
+
+import resource
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import psutil
+import pytest
+import torch
+import uvicorn
+from conftest import REPOSITORY, make_tiny_checkpoint
+from rollout_server import child_environment
+
+from fura_rl.memory import MENDS, OutOfMemory, out_of_memory_in
+from fura_rl.serve import RequireToken, check
+from fura_rl.sync.http_transport import HttpTransport
+from fura_rl.sync.remote_engine import RemoteSyncError
+
+
+@pytest.fixture
+def taken():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        yield other.getsockname()[1]
+
+
+def test_a_port_that_is_taken_ends_the_server_before_it_loads_a_model(taken):
+    done = subprocess.run(
+        [sys.executable, "launch/serve_rollouts.py", "--port", str(taken)],
+        capture_output=True, text=True, timeout=120, cwd=REPOSITORY, env=child_environment(),
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: port={taken} on host='127.0.0.1' cannot be listened on")
+    assert "Traceback" not in done.stderr
+    assert not done.stdout
+
+
+def test_a_port_that_was_just_given_back_may_be_used(taken):
+    with pytest.raises(ValueError, match="choose another --port"):
+        check("127.0.0.1", taken)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    check("127.0.0.1", port)
+    with pytest.raises(ValueError, match="cannot be listened on"):
+        check("127.0.0.1", 70000)
+
+
+async def behind_the_guard(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b'{"reached": true}'})
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    """The address of a server whose token is "right"."""
+    monkeypatch.setenv("FURA_ROLLOUT_TOKEN", "right")
+    server = uvicorn.Server(uvicorn.Config(RequireToken(behind_the_guard), port=0, lifespan="off", log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(10)
+
+
+@pytest.mark.parametrize("token", ["wrong", None, "right "])
+def test_a_wrong_token_is_refused_by_name_and_is_not_shown(token, guarded, monkeypatch):
+    assert HttpTransport(guarded).request("POST", "/collective_rpc") == {"reached": True}
+    monkeypatch.delenv("FURA_ROLLOUT_TOKEN")
+    if token:
+        monkeypatch.setenv("FURA_ROLLOUT_TOKEN", token)
+    stranger = HttpTransport(guarded)
+    for path in ("/collective_rpc", "/pause", "/v1/completions"):
+        with pytest.raises(RemoteSyncError, match="wants another token; set FURA_ROLLOUT_TOKEN") as caught:
+            stranger.request("POST", path)
+        assert "right" not in str(caught.value)
+        assert "wrong" not in str(caught.value)
+    assert stranger.request("GET", "/health") == {"reached": True}
+
+
+@pytest.mark.parametrize("phase", MENDS)
+def test_an_allocation_that_fails_names_the_phase_and_the_mend(phase):
+    with pytest.raises(OutOfMemory) as caught, out_of_memory_in(phase):
+        torch.empty(2**50)
+    assert str(caught.value).startswith(f"out of memory in the {phase}: {MENDS[phase]}. The allocator says: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_innermost_phase_is_named_and_other_errors_pass():
+    outer, inner = out_of_memory_in("training step"), out_of_memory_in("rollouts")
+    with pytest.raises(OutOfMemory, match="in the rollouts"), outer, inner:
+        torch.empty(2**50)
+    with pytest.raises(RuntimeError, match="other"), out_of_memory_in("rollouts"):
+        raise RuntimeError("other")
+    with pytest.raises(OutOfMemory), out_of_memory_in("rollouts"):
+        raise MemoryError
+
+
+@contextmanager
+def no_more_memory(spare_bytes):
+    """The kernel gives this process `spare_bytes` more address space and then none."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    limit = psutil.Process().memory_info().vms + spare_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def starved_run(folder):
+    """Run in a process of its own: a trainer whose policy has large layers, left without memory in three phases."""
+    from datasets import Dataset
+
+    from fura_rl import FuraConfig, FuraGRPOTrainer
+    from fura_rl.grpo_config import FuraGRPOConfig
+
+    rows = [{"prompt": f"{a} + 1 =", "answer": str(a + 1)} for a in range(8)]
+    trainer = FuraGRPOTrainer(
+        model=str(folder),
+        reward_funcs=lambda completions, **_: [float(len(text) % 2) for text in completions],
+        args=FuraGRPOConfig(
+            output_dir=f"{folder}-out", num_generations=4, per_device_train_batch_size=8, use_cpu=True, bf16=False,
+            use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=0.05, vllm_max_model_length=128,
+            max_completion_length=64, report_to="none", max_steps=2,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        peft_config=FuraConfig(target_modules=["up_proj"], block_size=64),
+    )  # fmt: skip
+    trainer.train()
+    spare = 8 * 2**20
+
+    def attempt(action):
+        try:
+            action()
+            print("no error")
+        except OutOfMemory as error:
+            print(error)
+
+    with no_more_memory(spare):
+        attempt(trainer.sync_weights)
+    trainer.sync_weights()
+    with no_more_memory(spare):
+        attempt(lambda: trainer.vllm_generation.generate([list(range(5, 60))] * 8, None, 4))
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_in_a_fold_and_in_a_generation(tmp_path):
+    """Layers of 2^18 x 64 weights take 64 MB, which the kernel refuses at a limit that the test sets."""
+    folder = make_tiny_checkpoint(tmp_path / "wide", tied=True, num_hidden_layers=1, intermediate_size=2**18)
+    code = f"from test_faults import starved_run; starved_run({str(folder)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, timeout=300, cwd=REPOSITORY,
+        env=child_environment(VLLM_ENABLE_V1_MULTIPROCESSING="0"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    messages = [line for line in done.stdout.splitlines() if line.startswith(("out of memory", "no error"))]
+    assert [message.partition(":")[0] for message in messages] == [
+        "out of memory in the weight sync", "out of memory in the rollouts",
+    ]  # fmt: skip

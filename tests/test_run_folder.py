@@ -1,0 +1,205 @@
+"""What a run leaves beside its checkpoints, what never gets there, and what is loaded and sent only when asked."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY
+from rollout_server import child_environment
+
+from fura_rl import telemetry
+from fura_rl.alarms import ALARMS
+from fura_rl.config import parse_arguments, resolve_model
+from fura_rl.metrics_file import FILE, MetricsFile
+from fura_rl.quickstart import BASE_MODEL
+from fura_rl.redaction import redacted
+from fura_rl.report import write_record
+from fura_rl.serve import command
+
+QUICKSTART = str(REPOSITORY / "configs" / "quickstart.yaml")
+SECRET = "hf_aSecretThatNobodyMayRead"
+
+
+def log(folder, steps, *, resumed_at=0, end=True):
+    """Training from a step on, as transformers calls its callbacks."""
+    callback = MetricsFile(folder)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=resumed_at)
+    callback.on_train_begin(None, state, None)
+    for step in steps:
+        state.global_step = step
+        callback.on_log(None, state, None, logs={"loss": step / 10, "grad_norm": float("nan")})
+    if end:
+        callback.on_train_end(None, state, None)
+
+
+def logged(folder):
+    return [json.loads(line)["step"] for line in (folder / FILE).read_text().splitlines()]
+
+
+def test_every_line_is_in_the_file_as_soon_as_it_is_logged(tmp_path):
+    log(tmp_path, [1, 2], end=False)
+    lines = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
+    assert [(line["step"], line["loss"], line["grad_norm"]) for line in lines] == [(1, 0.1, None), (2, 0.2, None)]
+    assert all(line["time"] > 1e9 for line in lines)
+
+
+def test_a_resumed_run_has_every_step_once(tmp_path):
+    log(tmp_path, [1, 2, 3, 4, 5])
+    with open(tmp_path / FILE, "a") as file:
+        file.write('{"step": 6, "lo')  # a kill struck here
+    log(tmp_path, [4, 5, 6], resumed_at=3)
+    assert logged(tmp_path) == [1, 2, 3, 4, 5, 6]
+    log(tmp_path, [1])
+    assert logged(tmp_path) == [1], "a run that starts anew"
+
+
+def test_only_the_first_process_writes(tmp_path):
+    MetricsFile(tmp_path).on_train_begin(None, SimpleNamespace(is_world_process_zero=False, global_step=0), None)
+    assert not (tmp_path / FILE).exists()
+
+
+def test_the_record_repeats_the_run_and_names_its_machine(tmp_path):
+    write_record(tmp_path, parse_arguments(["--config", QUICKSTART, "--seed", "7"]).resolved())
+    settings = yaml.safe_load((tmp_path / "resolved_config.yaml").read_text())
+    assert (settings["seed"], settings["adapter"], settings["alarm_patience"]) == (7, "fura", 10)
+    record = json.loads((tmp_path / "environment.json").read_text())
+    assert {"versions", "python", "commit", "device", "devices", "cuda", "cpu_cores", "memory_gib", "processes"} <= (
+        record.keys()
+    )
+    assert record["versions"]["trl"].count(".") == 2
+
+
+def test_no_secret_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setenv("WANDB_API_KEY", SECRET[::-1])
+    monkeypatch.setenv("MY_SWITCH_TOKEN", "1")
+    options = ["--hub_token", SECRET, "--run_name", f"with {SECRET[::-1]} in it", "--seed", "1"]
+    arguments = parse_arguments(["--config", QUICKSTART, *options])
+    settings = arguments.resolved() | {"reward_funcs": ["judge(api_key='of an argument', n=2)"]}
+    write_record(tmp_path, settings)
+    text = "".join(path.read_text() for path in tmp_path.iterdir())
+    assert SECRET not in text
+    assert SECRET[::-1] not in text
+    assert "of an argument" not in text
+    assert "n=2" in text
+    assert yaml.safe_load((tmp_path / "resolved_config.yaml").read_text())["seed"] == 1, "a switch is no secret"
+
+
+def test_redaction_goes_into_everything():
+    value = {"a": [{"hub_token": "x", "max_tokens": 5, "tokenizer": "y"}], "b": ("password='z'",)}
+    expected = {"a": [{"hub_token": "<hub_token>", "max_tokens": 5, "tokenizer": "y"}], "b": ["password=<not shown>"]}
+    assert redacted(value, {}) == expected
+
+
+def test_the_servers_command_line_shows_no_token(monkeypatch):
+    monkeypatch.setenv("FURA_ROLLOUT_TOKEN", SECRET)
+    words = command("model", "0.0.0.0", 8000, [])
+    assert SECRET not in " ".join(words)
+    assert "fura_rl.serve.RequireToken" in words
+
+
+def test_an_address_with_credentials_is_refused():
+    with pytest.raises(ValueError, match=r"vllm_server_base_url holds credentials.*FURA_ROLLOUT_TOKEN") as caught:
+        parse_arguments(["--config", QUICKSTART, "--vllm_server_base_url", "http://me:hidden@host:8000"])
+    assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize("entry", ["fura_rl", "fura_rl.config", "fura_rl.serve"])
+def test_telemetry_is_off_before_a_library_could_send_any_and_on_where_it_is_asked_for(entry):
+    code = (
+        f"import {entry}, os, json\nfrom huggingface_hub import constants\n"
+        "print(json.dumps([dict(os.environ), constants.HF_HUB_DISABLE_TELEMETRY]))"
+    )
+    clean = {name: value for name, value in os.environ.items() if name not in telemetry.OFF}
+
+    def seen(**settings):
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=clean | settings, cwd=REPOSITORY)
+        return json.loads(done.stdout)
+
+    environment, off = seen()
+    assert off
+    assert {name: environment[name] for name in telemetry.OFF} == telemetry.OFF
+    assert seen(VLLM_NO_USAGE_STATS="0")[0]["VLLM_NO_USAGE_STATS"] == "0"
+
+
+def test_vllm_counts_no_usage(monkeypatch):
+    from vllm.usage import usage_lib
+
+    for name in telemetry.OFF:
+        monkeypatch.delenv(name, raising=False)
+    telemetry.turn_off()
+    monkeypatch.setattr(usage_lib, "_USAGE_STATS_ENABLED", None)
+    assert not usage_lib.is_usage_stats_enabled()
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"weights as pickle \(pytorch_model.bin\).*safetensors"):
+        resolve_model(str(tmp_path))
+    assert command("model", "127.0.0.1", 8000, [])[-1] == "safetensors"
+
+
+def test_a_checkpoints_own_code_runs_only_where_it_is_trusted(tmp_path):
+    """Its config names a module beside it; loading must neither run it nor ask."""
+    ran = tmp_path / "ran"
+    settings = json.loads((Path(BASE_MODEL) / "config.json").read_text())
+    settings |= {"model_type": "stranger", "auto_map": {"AutoConfig": "stranger.StrangerConfig"}}
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "stranger.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    command = ["launch/grpo_math.py", "--config", QUICKSTART, "--model_name_or_path", str(folder), "--use_cpu", "true"]
+    done = subprocess.run(
+        [sys.executable, *command, "--output_dir", str(tmp_path / "out")],
+        capture_output=True, text=True, timeout=200, cwd=REPOSITORY, env=child_environment(), stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "trust_remote_code" in done.stderr.splitlines()[-1]
+    assert not ran.exists()
+    assert parse_arguments(["--config", QUICKSTART]).training.trust_remote_code is False
+
+
+@pytest.mark.parametrize("reporter", ["wandb", "trackio", "tensorboard"])
+def test_reporters_are_trls(reporter, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert parse_arguments(["--config", QUICKSTART, "--report_to", reporter]).training.report_to == [reporter]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_leaves_one_whole_folder(tmp_path):
+    run = [
+        *(sys.executable, "launch/grpo_math.py", "--eval_problems", "0", "--save_steps", "2", "--use_cpu", "true"),
+        *("--per_device_train_batch_size", "16", "--log_completions", "true", "--output_dir", str(tmp_path)),
+    ]
+    environment = child_environment(FURA_ROLLOUT_TOKEN=SECRET, HF_TOKEN=SECRET)
+    for steps in (
+        ["--max_steps", "3"],
+        ["--max_steps", "4", "--resume_from_checkpoint", str(tmp_path / "checkpoint-2")],
+    ):
+        done = subprocess.run(
+            [*run, *steps], capture_output=True, text=True, timeout=300, cwd=REPOSITORY, env=environment
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert SECRET not in done.stdout + done.stderr
+    lines = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert all(f"alarms/{name}" in line for name in ALARMS for line in lines if "loss" in line)
+    assert [line["step"] for line in lines if "train_runtime" in line] == [4]
+    tables = sorted((tmp_path / "completions").glob("*.parquet"))
+    assert [path.stem for path in tables] == [f"completions_{step:05d}" for step in (1, 2, 3, 4)]
+    table = pandas.read_parquet(tables[-1])
+    assert len(table) == 16
+    assert {"step", "prompt", "completion", "math_reward", "advantage", "verdict"} <= set(table.columns)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    names = {path.name for path in files if path.parent == tmp_path}
+    assert {"resolved_config.yaml", "environment.json", FILE, "reward_curve.png", "adapter_model.safetensors"} <= names
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
