@@ -199,7 +199,7 @@ def changed_settings(recorded: Mapping[str, Any], current: Mapping[str, Any]) ->
     return {
         name: (recorded.get(name), now.get(name))
         for name in sorted((recorded.keys() | now.keys()) - SETTINGS_OF_NO_NUMBER)
-        if recorded.get(name) != now.get(name)
+        if recorded.get(name) != now.get(name) and not name.startswith("alarm_")
     }
 
 
