@@ -305,6 +305,7 @@ class FuraGRPOTrainer(GRPOTrainer):
         size = checkpoint.seal(staged)
         checkpoint.publish(staged, final)
         checkpoint.rotate(final.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+        shutil.rmtree(staged.parent, ignore_errors=True)
         return size
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
