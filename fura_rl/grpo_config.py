@@ -13,6 +13,13 @@ from fura_rl.alarms import AlarmSettings
 class FuraGRPOConfig(AlarmSettings, GRPOConfig):
     """Arguments of `FuraGRPOTrainer`; every TRL field keeps its name and, but for one, its default."""
 
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Not set or 'latest': go on from the newest whole checkpoint of output_dir, if there is one; "
+            "'true': there must be one; a folder: go on from that one, also with other settings."
+        },
+    )
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={"help": "Log a loss that is not finite as 0, as transformers does by default; here it is an alarm."},

@@ -305,6 +305,7 @@ class FuraGRPOTrainer(GRPOTrainer):
         size = checkpoint.seal(staged)
         checkpoint.publish(staged, final)
         checkpoint.rotate(final.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+        shutil.rmtree(staged.parent, ignore_errors=True)
         return size
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -491,6 +492,8 @@ def restore_progress(trainer: FuraGRPOTrainer, folder: Path) -> None:
             folder,
         )
         return
+    if trainer.args.sync_ref_model:
+        logger.warning("sync_ref_model: the reference model is in no checkpoint and starts again from its base")
     trainer._step, trainer._buffered_inputs = state["micro_step"], state["buffered_inputs"]
     trainer._tr_loss.fill_(state["loss"])
     trainer._total_loss_scalar, trainer._globalstep_last_logged = state["total_loss"], state["last_logged_step"]

@@ -210,7 +210,7 @@ def test_the_same_command_starts_a_run_and_continues_it(tmp_path, caplog):
     assert found(tmp_path) is None
     checkpoint.record_settings(written(tmp_path, 7), arguments(tmp_path).resolved())
     assert found(tmp_path) == found(tmp_path, "--resume_from_checkpoint", "latest") == "checkpoint-7"
-    assert found(tmp_path, "--save_steps", "3", "--report_to", "none") == "checkpoint-7"
+    assert found(tmp_path, "--save_steps", "3", "--report_to", "none", "--alarm_patience", "2") == "checkpoint-7"
     assert found(tmp_path, "--dry_run") is None
     assert not caplog.text
 
