@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
+from fura_rl.checkpoint import last_checkpoint
 from fura_rl.config import parse_arguments
 from fura_rl.evaluation.estimators import doubling_ks
 from fura_rl.evaluation.held_out import HeldOut
-from fura_rl.run import last_checkpoint, load_held_out, prepare_run, train
+from fura_rl.run import load_held_out, prepare_run, train
 from fura_rl.trainer import FuraGRPOTrainer, check_settings
 
 OPTIONS = [
@@ -125,7 +126,7 @@ def test_evaluation_is_logged_by_name_and_the_best_checkpoint_is_kept_and_loaded
     assert state.best_model_checkpoint == str(folder / f"checkpoint-{best}")
     kept = {path.name for path in folder.glob("checkpoint-*")}
     assert kept == {f"checkpoint-{best}", "checkpoint-6" if best != 6 else "checkpoint-4"}
-    assert last_checkpoint(folder) == str(folder / "checkpoint-6")
+    assert last_checkpoint(folder) == folder / "checkpoint-6"
     metrics = run.trainer.evaluate()
     assert metrics["eval_pass@1"] == values[best], "the policy is the best one again, and so is the engine"
     assert run.trainer.phase_seconds["evaluation"] > 0
