@@ -405,6 +405,42 @@ def scores(output):
     return [(line["label"], line["scores"], line["differences"], line["rewards"]) for line in results["lines"]]
 
 
+MEASURED = f"""
+base: {REPOSITORY}/configs/quickstart.yaml
+adapters: [full]
+learning_rates: [1.0e-3]
+seeds: [0]
+baseline: full
+settings:
+  max_steps: 4
+  per_device_train_batch_size: 16
+  eval_strategy: steps
+  eval_steps: 2
+  eval_on_start: true
+  eval_problems: 16
+  eval_samples: 2
+  dataset_eval_split: validation
+scoring: {{max_problems: 16, num_samples: 2, k: [1, 2]}}
+"""
+
+
+@pytest.mark.slow
+def test_a_real_cell_measures_its_policy(tmp_path):
+    ablate(write(tmp_path, MEASURED), tmp_path / "out")
+    raw = json.loads((tmp_path / "out/full/lr-0.001/seed-0" / RESULT).read_text())
+    assert [step for step, _ in raw["evaluations"]] == [0, 2, 4]
+    assert 1e-6 < raw["divergence"]["per_token"] < raw["divergence"]["per_completion"]
+    assert raw["divergence"]["completions"] == 16
+    assert raw["update"]["modules"] == 7 * 4
+    assert 0 < raw["update"]["relative_size"] < 0.5
+    assert set(raw["phase_seconds"]) == {"rollout", "reward", "sync", "evaluation", "train"}
+    assert len(raw["update_cosines"]) == raw["steps"] + 1, "a sync a step, and one for the last evaluation"
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 * 6
+    recorded = json.loads((tmp_path / "out/full/lr-0.001/seed-0/run/environment.json").read_text())
+    assert f"commit {recorded['commit']} on" in page
+
+
 @pytest.mark.slow
 def test_a_killed_sweep_gives_the_table_of_an_unkilled_one(tmp_path):
     spec = write(tmp_path, SMALL)

@@ -21,7 +21,7 @@ from fura_rl.sync.fold import folded_weight
 CONFIG = AutoConfig.from_pretrained(BASE_MODEL)
 ASKED_FOR = (
     *("full", "lora", "rslora", "dora", "pissa", "milora", "olora", "randlora", "oft", "hira", "miss", "lora_full"),
-    *("svd", "fura", "qfura", "qlora", "lift"),
+    *("svd", "fura", "qfura", "qlora", "qdora", "lift"),
 )
 
 
@@ -292,7 +292,7 @@ def test_settings_of_a_method_that_is_an_optimizer():
 
 def test_trls_lora_options_reach_every_relative_of_lora():
     arguments = ModelConfig(lora_r=6, lora_alpha=12, lora_dropout=0.25)
-    for name in ("lora", "rslora", "dora", "pissa", "milora", "olora", "qlora", "lora_full"):
+    for name in ("lora", "rslora", "dora", "pissa", "milora", "olora", "qlora", "qdora", "lora_full"):
         config = peft_config_for(name, arguments, None, None)
         assert (config.r, config.lora_alpha, config.lora_dropout) == (6, 12, 0.25), name
     assert peft_config_for("rslora", arguments, None, None).use_rslora

@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
-from conftest import TOLERANCE, relative_error
-from peft import PeftModel, get_peft_model
+from conftest import TOLERANCE, perturb_trained, relative_error
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from fura_rl import FuraConfig
 from fura_rl.adapters.fura_tuner import fura_layers
+from fura_rl.adapters.quantized import dequantized_weight, keep_layout
+from fura_rl.sync.fold import folded_weight
 
 bnb = pytest.importorskip("bitsandbytes")
 BACKENDS = ["4bit", "8bit"]
@@ -72,6 +74,51 @@ def test_the_folded_weight_of_a_quantized_layer_is_16_bit_and_exact(kind, axis):
     expected = nn.functional.linear(x, folded, layer.bias)
     # bitsandbytes' 8-bit product rounds the activations too
     assert relative_error(layer(x), expected) < (1e-4 if kind == "4bit" else 2e-2)
+
+
+def dora(kind, adapters=("default",)):
+    base = quantized(kind)
+    setattr(base, f"is_loaded_in_{kind}", True)  # as transformers' loading leaves it: PEFT then takes its own layers
+    config = LoraConfig(target_modules=["0", "2"], r=4, lora_alpha=6, use_dora=True)
+    model = get_peft_model(base, config, adapter_name=adapters[0])
+    for name in adapters[1:]:
+        model.add_adapter(name, config)
+    model.base_model.set_adapter(list(adapters))
+    for module in model.modules():
+        keep_layout(module)
+    perturb_trained(model, 0.3, seed=1)
+    return model
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_dora_over_a_quantized_layer_folds_to_what_its_forward_computes(kind, training):
+    """diag(m / |W + s B A|) (W + s B A) of the dequantized W, with no second quantization."""
+    model = dora(kind).train(training)
+    x = torch.randn(7, 128)
+    for index in ("0", "2"):
+        layer = model.base_model.model.get_submodule(index)
+        assert type(layer).__name__ == {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}[kind]
+        packed = layer.get_base_layer().weight.detach().clone()
+        folded = folded_weight(layer)
+        assert folded.dtype == torch.float32
+        a, b = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+        directed = dequantized_weight(layer.get_base_layer()).double() + 1.5 * b @ a
+        magnitude = layer.lora_magnitude_vector["default"].weight.double()
+        assert relative_error(folded, magnitude[:, None] * directed / directed.norm(dim=1, keepdim=True)) < 1e-5
+        assert relative_error(folded, directed) > 1e-2, "the magnitude must matter"
+        inputs = x[:, : layer.in_features]
+        expected = layer(inputs)
+        served = nn.functional.linear(inputs, folded, layer.bias)
+        # bitsandbytes' 8-bit product rounds the activations too
+        assert relative_error(served, expected) < (TOLERANCE[torch.float32] if kind == "4bit" else 2e-2)
+        assert torch.equal(layer.get_base_layer().weight, packed)
+
+
+def test_two_doras_over_a_quantized_layer_are_refused():
+    layer = dora("4bit", ("default", "other")).base_model.model[0]
+    with pytest.raises(NotImplementedError, match="not a plain addition"):
+        folded_weight(layer)
 
 
 @pytest.mark.parametrize("kind", BACKENDS)

@@ -20,6 +20,7 @@ CELL, RESULT = "cell.json", "result.json"
 
 
 def main(folder: Path) -> int:
+    from fura_rl.checkpoint import step_of
     from fura_rl.config import parse_arguments
     from fura_rl.evaluation.run_folder import RunFolder
     from fura_rl.report import write_json
@@ -40,7 +41,7 @@ def main(folder: Path) -> int:
     result = {
         "trained_parameters": summary.trained_parameters,
         "steps": summary.steps,
-        "steps_timed": len(reports),  # fewer than steps where the run went on from a checkpoint
+        "steps_timed": summary.steps - (step_of(run.checkpoint) if run.checkpoint else 0),
         "phase_seconds": summary.phase_seconds,
         "peak_memory_gib": memory,
         "payload_bytes": reports[-1].payload_bytes if reports else None,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
@@ -218,14 +219,23 @@ def folded_weight(layer: BaseTunerLayer, base_weight: torch.Tensor | None = None
 def _folded_over_packed(layer: BaseTunerLayer) -> torch.Tensor:
     """Dequantized weight plus the active adapters' deltas: no second quantization, unlike PEFT's own merge."""
     active = [name for name in layer.active_adapters if name in layer._get_available_adapters()]
-    plain_lora = hasattr(layer, "lora_variant") and not any(name in layer.lora_variant for name in active)  # no DoRA
-    if not plain_lora and not all(layer.supports_lora_conversion(name) for name in active):
+    variants = [layer.lora_variant[name] for name in active if name in getattr(layer, "lora_variant", ())]
+    if len(active) == 1 and len(variants) == 1 and isinstance(variants[0], DoraLinearVariant):
+        return _folded_dora_over_packed(layer, active[0])
+    if variants or not all(hasattr(layer, "lora_variant") or layer.supports_lora_conversion(name) for name in active):
         raise NotImplementedError(
             f"{type(layer).__name__}: an adapter that is not a plain addition to its weight cannot be folded over a "
-            "quantized base; use fura or lora, or an unquantized base"
+            "quantized base; use fura, lora or dora, or an unquantized base"
         )
     folded = dequantized_weight(layer.get_base_layer()).float()
     return sum((layer.get_delta_weight(name).float() for name in active), start=folded)
+
+
+def _folded_dora_over_packed(layer: BaseTunerLayer, name: str) -> torch.Tensor:
+    """diag(m / ||W + s B A||) (W + s B A) for W dequantized, norms by row: DoRA as its forward computes it."""
+    directed = dequantized_weight(layer.get_base_layer()).float() + layer.get_delta_weight(name).float()
+    magnitude = whole(layer.lora_magnitude_vector[name].weight).float()
+    return (magnitude / directed.norm(dim=1))[:, None] * directed
 
 
 def pristine_weight(weight: CheckpointWeight) -> torch.Tensor:
