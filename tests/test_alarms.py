@@ -53,7 +53,7 @@ CASES = {
     "importance_cut": (column(CUT, 0, 0.2, 0.3, 0.4), Reading(0.4, 0.1), [column(CUT, 0.2, 0.3, 0.1)]),
     "rollout_gap_grows": (
         column(GAP, 0.01, 0.02, 0.03, 0.3, 0.4, 0.5), Reading(0.5, pytest.approx(0.2)),
-        [column(GAP, 0.01, 0.02, 0.03, 0.1, 0.2, 0.1), column(GAP, 1e-7, 1e-7, 1e-7, 1e-4, 1e-4, 1e-4)],
+        [column(GAP, 0.01, 0.02, 0.03, 0.1, 0.3, 0.1), column(GAP, 1e-7, 1e-7, 1e-7, 1e-4, 1e-4, 1e-4)],
     ),
     "entropy_collapses": (
         column("entropy", 1.0, 1.0, 1.0, 0.04, 0.03, 0.02), Reading(0.02, 0.05),
