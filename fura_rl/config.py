@@ -20,7 +20,6 @@ import torch
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from fura_rl import validation
-from fura_rl.alarms import AlarmSettings
 from fura_rl.grpo_config import FuraGRPOConfig
 from fura_rl.quickstart.tasks import TASKS
 from fura_rl.validation import Given
@@ -130,7 +129,7 @@ HELP_GROUPS = {
         "vllm_enforce_eager", "sync_probe_every", "sync_probe_tolerance",
         "sync_audit_every", "fold_rounding", "sync_mode", "vllm_server_base_url",
     ),
-    "Alarms": tuple(field.name for field in dataclasses.fields(AlarmSettings)),
+    "Alarms (alarm_*)": ("alarm_patience", "alarm_entropy_frac", "alarm_kl", "alarm_update_cosine"),
     "Run": (
         "output_dir", "seed", "bf16", "save_steps", "eval_strategy", "eval_steps", "metric_for_best_model",
         "load_best_model_at_end", "resume_from_checkpoint", "report_to", "log_completions", "dry_run",

@@ -401,12 +401,25 @@ def sharding_faults(args: GRPOConfig, peft_config: PeftConfig | None) -> list[st
     version = (plugin or {}).get("fsdp_version", os.environ.get("FSDP_VERSION", "1"))
     if fsdp and str(version) != "2":
         faults.append(f"fsdp_version={version} flattens parameters, which the weight sync cannot read: use 2")
+    if zero and isinstance(peft_config, FuraConfig) and zero_stage(args) == 3:
+        faults.append(
+            "zero_stage=3 loads the base weights already cut up, and each FuRA adapter is made of a whole one: use "
+            "configs/accelerate/fsdp2.yaml, or zero2.yaml"
+        )
     if fsdp and isinstance(peft_config, FuraConfig) and is_set("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         faults.append(
             "fsdp_cpu_ram_efficient_loading=true leaves all processes but one without base weights, of which each "
             "FuRA adapter is made: set it to false"
         )
     return faults
+
+
+def zero_stage(args: GRPOConfig) -> int | None:
+    """DeepSpeed's stage, from the arguments or from what `accelerate launch` was told; None where it is in a file."""
+    if isinstance(args.deepspeed, dict):
+        return args.deepspeed.get("zero_optimization", {}).get("stage")
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
+    return int(stage) if stage.isdigit() else None
 
 
 def is_set(variable: str) -> bool:

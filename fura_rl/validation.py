@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import enum
-import importlib.util
 import json
 import math
 import os
@@ -256,7 +255,6 @@ def installed_reporters(values: Values) -> str | None:
         for name in names
         if name in ("wandb", "trackio", "tensorboard", "mlflow", "comet_ml", "swanlab")
         and name not in get_available_reporting_integrations()
-        and importlib.util.find_spec(name) is None
     ]
     return f"report_to={' '.join(missing)} is not installed: pip install {' '.join(missing)}" if missing else None
 

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         train(run)
         code = finish(run)
     except STOPS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"\nerror: {error}", file=sys.stderr)  # on a line of its own, below the progress bar
         return 1
     if run.trainer.accelerator.num_processes > 1:
         run.trainer.accelerator.end_training()  # a process group that is left open aborts some processes at their exit

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from conftest import perturb_trained
+from deepspeed_on_cpu import allow_deepspeed_on_cpu, asked_for_deepspeed
 from fsdp2_on_cpu import allow_fsdp_on_cpu
 from peft import get_peft_model
 from torch.distributed.tensor import DTensor
@@ -131,8 +132,13 @@ def error_of_a_nan_in_the_last_process(accelerator: Accelerator, policy: torch.n
 
 
 def main(cases: str, model: str, url: str, folder: str) -> None:
-    allow_fsdp_on_cpu()
-    accelerator = Accelerator(cpu=True)
+    if asked_for_deepspeed():
+        allow_deepspeed_on_cpu()
+        accelerator = Accelerator()
+        accelerator.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 2
+    else:
+        allow_fsdp_on_cpu()
+        accelerator = Accelerator(cpu=True)
     for case in cases.split(","):
         result = train_and_sync(accelerator, case, model, url)
         torch.save(result, Path(folder) / f"{case}-{accelerator.process_index}.pt")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import REPOSITORY
+from peft import LoraConfig
 from trl import GRPOConfig
 
 from fura_rl import FuraConfig
@@ -196,3 +197,15 @@ def test_sharding_that_the_sync_cannot_read_is_refused(environment, mode, messag
         monkeypatch.setenv(name, value)
     with nullcontext() if message is None else pytest.raises(ValueError, match=message):
         check_settings(args, FuraConfig())
+
+
+@pytest.mark.parametrize(
+    ("stage", "adapter", "message"),
+    [("3", FuraConfig(), r"zero_stage=3 loads.*fsdp2\.yaml"), ("2", FuraConfig(), None), ("3", LoraConfig(), None)],
+)
+def test_zero_3_which_leaves_no_whole_weight_is_refused_for_fura(stage, adapter, message, monkeypatch, tmp_path):
+    args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, use_vllm=True, vllm_mode="server")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        check_settings(args, adapter)

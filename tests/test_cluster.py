@@ -31,7 +31,6 @@ def test_every_kind_of_sharding_has_a_config():
     assert {"ddp", "fsdp2", "zero2", "zero3", "single_gpu", "cpu", "ddp_cpu"} == {path.stem for path in CONFIGS}
     stages = {path.stem: yaml.safe_load(path.read_text()).get("deepspeed_config", {}) for path in CONFIGS}
     assert (stages["zero2"]["zero_stage"], stages["zero3"]["zero_stage"]) == (2, 3)
-    assert stages["zero3"]["zero3_init_flag"] is False, "each process needs base weights to make adapters from"
 
 
 @pytest.fixture
