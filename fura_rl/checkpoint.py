@@ -144,13 +144,16 @@ def discard(folder: Path) -> None:
 
 
 def rotate(output_dir: Path, limit: int | None, protected: str | None = None) -> None:
-    """Keep the newest `limit` whole checkpoints, the newest one always, and the `protected` one (the best model's)."""
+    """Keep `limit` whole checkpoints as transformers does: the newest, the `protected` one (the best model's), and the
+    newest of the others."""
     if not limit or limit < 1:
         return
     whole = [path for path in checkpoints(output_dir) if damage(path) is None]
-    for path in whole[:-limit]:
-        if protected is None or path != Path(protected):
-            discard(path)
+    kept = {*whole[-1:], *(path for path in whole if protected is not None and path == Path(protected))}
+    others = [path for path in whole if path not in kept]
+    room = max(0, limit - len(kept))
+    for path in others[: max(0, len(others) - room)]:
+        discard(path)
 
 
 def clear_leftovers(output_dir: Path) -> None:

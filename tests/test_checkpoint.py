@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils.data import SequentialSampler
 from transformers import TrainerControl, TrainerState
+from transformers.trainer_utils import rotate_checkpoints
 from trl.trainer.utils import RepeatSampler
 
 from fura_rl import checkpoint
@@ -97,13 +98,24 @@ def test_the_limit_never_takes_the_only_whole_checkpoint(tmp_path):
     assert checkpoint.last_checkpoint(tmp_path).name == "checkpoint-2"
 
 
-def test_the_limit_keeps_the_newest_and_the_best(tmp_path):
+@pytest.mark.parametrize(
+    ("limit", "best", "kept"),
+    [
+        (None, 1, [1, 2, 3, 4]), (5, 1, [1, 2, 3, 4]), (3, 1, [1, 3, 4]), (2, 1, [1, 4]), (1, 1, [1, 4]),
+        (2, None, [3, 4]), (1, None, [4]), (2, 4, [3, 4]),
+    ],
+)  # fmt: skip
+def test_the_limit_keeps_the_newest_and_the_best_as_transformers_does(limit, best, kept, tmp_path):
     for step in (1, 2, 3, 4):
         written(tmp_path, step)
-    checkpoint.rotate(tmp_path, 2, protected=str(tmp_path / "checkpoint-1"))
-    assert names(tmp_path) == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
-    checkpoint.rotate(tmp_path, None)
-    assert len(names(tmp_path)) == 3
+    protected = str(tmp_path / f"checkpoint-{best}") if best else None
+    theirs = tmp_path / "theirs"
+    for step in (1, 2, 3, 4):
+        (theirs / f"checkpoint-{step}").mkdir(parents=True)
+    rotate_checkpoints(str(theirs), limit, str(theirs / f"checkpoint-{best}") if best else None)
+    assert names(theirs) == [f"checkpoint-{step}" for step in kept]
+    checkpoint.rotate(tmp_path, limit, protected)
+    assert names(tmp_path) == names(theirs)
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_by_name(tmp_path):

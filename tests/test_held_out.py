@@ -125,7 +125,7 @@ def test_evaluation_is_logged_by_name_and_the_best_checkpoint_is_kept_and_loaded
     assert (state.best_global_step, state.best_metric) == (best, values[best])
     assert state.best_model_checkpoint == str(folder / f"checkpoint-{best}")
     kept = {path.name for path in folder.glob("checkpoint-*")}
-    assert kept == {f"checkpoint-{best}", "checkpoint-6" if best != 6 else "checkpoint-4"}
+    assert kept == {f"checkpoint-{best}", "checkpoint-6" if best != 6 else "checkpoint-4"}, "save_total_limit=2"
     assert last_checkpoint(folder) == folder / "checkpoint-6"
     metrics = run.trainer.evaluate()
     assert metrics["eval_pass@1"] == values[best], "the policy is the best one again, and so is the engine"

@@ -43,10 +43,9 @@ Table = tuple[list[str], list[list[str]]]  # columns, rows
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot of the report: `draw` puts the lines of the ablation on a pair of axes."""
+    """A plot of the report: `draw` puts the lines of the ablation on a pair of axes.  `name` is that of its file."""
 
     name: str
-    title: str
     draw: Callable[[Any, Sequence[Line]], None]
 
 
@@ -57,14 +56,13 @@ def write_report(spec: Spec, results: Results, output: Path, environment: dict[s
     """
     write_json(output / "results.json", {"environment": environment, **asdict(results)})
     paths = [output / "report.md", output / "report.html", output / "results.json"]
-    pictures = {
-        plot: {scheme: draw(plot, results.lines, scheme) for scheme in SCHEMES} for plot in plots(spec, results)
-    }
+    drawn = [content for *_, content in sections(spec, results) if isinstance(content, Plot)]
+    pictures = {plot.name: {scheme: draw(plot, results.lines, scheme) for scheme in SCHEMES} for plot in drawn}
     (output / "figures").mkdir(exist_ok=True)
-    for plot, images in pictures.items():
-        (output / "figures" / f"{plot.name}.png").write_bytes(images["paper"])
+    for name, images in pictures.items():
+        (output / "figures" / f"{name}.png").write_bytes(images["paper"])
     measured_with = conditions(results.environments or [environment], spec)
-    paths[0].write_text(markdown(spec, results, list(pictures), measured_with))
+    paths[0].write_text(markdown(spec, results, measured_with))
     paths[1].write_text(page(spec, results, pictures, measured_with))
     return paths
 
@@ -150,32 +148,25 @@ def spread_shown(value: Spread | None, form: str) -> str:
     return f"{format(value['mean'], form)} ± {format(value['deviation'], form)}" if value else "-"
 
 
-def sections(spec: Spec, results: Results) -> list[tuple[str, str, Table]]:
-    """Title, what must be known to read it, and table."""
-    return [
-        ("Scores on the test split", "", score_rows(spec, results)),
-        ("Distance from the base", DISTANCE_NOTE, distance_rows(results)),
-        ("Costs", "", cost_rows(results)),
-        (f"Validation {spec.scoring.measure} by learning rate", "", rate_rows(results)),
-    ]
-
-
-def plots(spec: Spec, results: Results) -> list[Plot]:
-    """Those that the results have figures for."""
-    if not results.lines:
-        return []
-    measure = spec.scoring.measure
+def sections(spec: Spec, results: Results) -> list[tuple[str, str, Table | Plot]]:
+    """Title, what must be known to read it, and table or plot; plots that the results have figures for."""
+    lines, measure = results.lines, spec.scoring.measure
+    scores, kl = (functools.partial(plot, measure=measure) for plot in (plot_scores, plot_kl))
+    evaluated = any(all(line.evaluations) for line in lines)
+    compared, spectra = any(line.kl_per_completion for line in lines), any(line.spectrum for line in lines)
     found = [
-        Plot("scores", f"{measure} on the test split", functools.partial(plot_scores, measure=measure)),
-        Plot("rewards", "Reward during training", plot_rewards),
+        (True, "Scores on the test split", "", score_rows(spec, results)),
+        (lines, f"{measure} on the test split", "", Plot("scores", scores)),
+        (lines, "Reward during training", "", Plot("rewards", plot_rewards)),
+        (evaluated, "Held-out pass@1 during training", "", Plot("accuracy", plot_evaluations)),
+        (True, "Distance from the base", DISTANCE_NOTE, distance_rows(results)),
+        (compared, f"{measure} and KL to the base", "", Plot("kl", kl)),
+        (spectra, "Spectra of the update and of the base", "", Plot("spectra", plot_spectra)),
+        (True, "Costs", "", cost_rows(results)),
+        (lines, "Seconds per step by phase", "", Plot("phases", plot_phases)),
+        (True, f"Validation {measure} by learning rate", "", rate_rows(results)),
     ]
-    if any(all(line.evaluations) for line in results.lines):
-        found.append(Plot("accuracy", "Held-out pass@1 during training", plot_evaluations))
-    if any(line.kl_per_completion for line in results.lines):
-        found.append(Plot("kl", f"{measure} and KL to the base", functools.partial(plot_kl, measure=measure)))
-    if any(line.spectrum for line in results.lines):
-        found.append(Plot("spectra", "Spectra of the update and of the base", plot_spectra))
-    return [*found, Plot("phases", "Seconds per step by phase", plot_phases)]
+    return [(title, note, content) for present, title, note, content in found if present]
 
 
 def notes(spec: Spec, results: Results) -> list[str]:
@@ -216,13 +207,15 @@ def settings_text(spec: Spec) -> str:
     return json.dumps(asdict(spec) | {"base": Path(spec.base).name}, indent=1)
 
 
-def markdown(spec: Spec, results: Results, drawn: Sequence[Plot], measured_with: str) -> str:
+def markdown(spec: Spec, results: Results, measured_with: str) -> str:
     parts = []
-    for title, note, (columns, rows) in sections(spec, results):
-        table = [columns, ["---"] * len(columns), *rows]
-        parts += [f"## {title}", note, "\n".join("| " + " | ".join(row) + " |" for row in table), f"*{measured_with}*"]
-    for plot in drawn:
-        parts += [f"## {plot.title}", f"![{plot.title}](figures/{plot.name}.png)", f"*{measured_with}*"]
+    for title, note, content in sections(spec, results):
+        if isinstance(content, Plot):
+            shown = f"![{title}](figures/{content.name}.png)"
+        else:
+            columns, rows = content
+            shown = "\n".join("| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *rows])
+        parts += [f"## {title}", note, shown, f"*{measured_with}*"]
     parts += ["## Settings", f"```json\n{settings_text(spec)}\n```"]
     return "\n\n".join(["# Ablation", *notes(spec, results), *filter(None, parts)]) + "\n"
 
@@ -243,18 +236,16 @@ figure { margin: 0; } figcaption { margin-top: .4rem; font-size: .75rem; opacity
 """
 
 
-def page(spec: Spec, results: Results, pictures: dict[Plot, dict[str, bytes]], measured_with: str) -> str:
+def page(spec: Spec, results: Results, pictures: dict[str, dict[str, bytes]], measured_with: str) -> str:
     """The report as one HTML page: style and pictures inside, no script, no address to load from."""
     parts = ["<h1>Ablation</h1>", *(f"<p>{html.escape(note)}</p>" for note in notes(spec, results))]
-    caption = f"<figcaption>{html.escape(measured_with)}</figcaption>"
-    for title, note, (columns, rows) in sections(spec, results):
-        head = "".join(f"<th scope='col'>{html.escape(column)}</th>" for column in columns)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    for title, note, content in sections(spec, results):
+        if isinstance(content, Plot):
+            shown = "".join(embedded(pictures[content.name][scheme], scheme, title) for scheme in ("light", "dark"))
+        else:
+            shown = html_table(content)
         parts.append(f"<h2>{html.escape(title)}</h2>" + (f"<p>{html.escape(note)}</p>" if note else ""))
-        parts.append(f"<figure><div class='scroll'><table><tr>{head}</tr>{body}</table></div>{caption}</figure>")
-    for plot, images in pictures.items():
-        shown = "".join(embedded(images[scheme], scheme, plot.title) for scheme in ("light", "dark"))
-        parts.append(f"<h2>{html.escape(plot.title)}</h2><figure>{shown}{caption}</figure>")
+        parts.append(f"<figure>{shown}<figcaption>{html.escape(measured_with)}</figcaption></figure>")
     for name, tail in results.failed.items():
         parts.append(f"<h2>Failed: {html.escape(name)}</h2><pre>{html.escape(tail)}</pre>")
     parts.append(f"<details><summary>Settings</summary><pre>{html.escape(settings_text(spec))}</pre></details>")
@@ -263,6 +254,13 @@ def page(spec: Spec, results: Results, pictures: dict[Plot, dict[str, bytes]], m
         f"<meta name='viewport' content='width=device-width, initial-scale=1'><style>{STYLE}</style></head>"
     )
     return f"{head}<body>{''.join(parts)}</body></html>\n"
+
+
+def html_table(table: Table) -> str:
+    columns, rows = table
+    head = "".join(f"<th scope='col'>{html.escape(column)}</th>" for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<div class='scroll'><table><tr>{head}</tr>{body}</table></div>"
 
 
 def embedded(image: bytes, scheme: str, alternative: str) -> str:
@@ -365,7 +363,7 @@ def plot_phases(axes: Any, lines: Sequence[Line]) -> None:
     axes.set_yticks(range(len(lines)), [line.label for line in lines])
     axes.invert_yaxis()
     axes.set_xlabel("seconds per step")
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(frameon=False, fontsize="small", ncols=6, loc="lower left", bbox_to_anchor=(0, 1))
 
 
 def plot_scores(axes: Any, lines: Sequence[Line], measure: str) -> None:

@@ -95,6 +95,7 @@ def evaluate(
         top_p=sampling.top_p,
         max_tokens=sampling.max_tokens,
         stop_token_ids=stop_token_ids,
+        detokenize=False,  # the tokenizer decodes all of them at once below
     )
     requests = [{"prompt_token_ids": ids} for ids in encode_prompts(prompts, tokenizer)]
     with drawing_from(sampling.seed):
