@@ -27,8 +27,9 @@ NATS = 1e-5
 
 
 def launch(kind, *command, timeout=300):
+    options = ["--config_file", (LAUNCHERS | DEEPSPEED)[kind], "--num_processes", "2"]
     done = subprocess.run(
-        [ACCELERATE, "launch", "--config_file", (LAUNCHERS | DEEPSPEED)[kind], "--num_processes", "2", *map(str, command)],
+        [ACCELERATE, "launch", *options, *map(str, command)],
         capture_output=True, text=True, timeout=timeout, cwd=REPOSITORY, env=child_environment(OMP_NUM_THREADS="1"),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
