@@ -6,6 +6,7 @@ import dataclasses
 import os
 import random
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from fura_rl import checkpoint
 from fura_rl.config import DATACLASSES, parse_arguments
 from fura_rl.randomness import drawing_from, rollout_seed
 from fura_rl.run import find_checkpoint
-from fura_rl.trainer import OrderOfEpoch
+from fura_rl.trainer import FuraGRPOTrainer, OrderOfEpoch
 
 
 def staged(output_dir, step, *, sealed=True, content="weights"):
@@ -189,6 +190,26 @@ def test_every_place_in_a_run_has_its_own_rollout_seed():
     assert len(seeds) == len(places)
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert rollout_seed(**places[0]) == rollout_seed(**places[0])
+
+
+def test_rollouts_are_a_function_of_seed_and_place_and_leave_the_trainers_draws_alone():
+    def rollouts(step, seed=0, calls=1):
+        place = SimpleNamespace(
+            state=SimpleNamespace(global_step=step), model=SimpleNamespace(training=True), _rollouts_at=(-1, True, 0),
+            accelerator=SimpleNamespace(process_index=0), args=SimpleNamespace(seed=seed, vllm_tensor_parallel_size=1),
+        )  # fmt: skip
+        generate = FuraGRPOTrainer._seeded(place, lambda: torch.rand(8).tolist())
+        return [generate() for _ in range(calls)]
+
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    first, second = rollouts(3, calls=2)
+    assert first != second
+    torch.manual_seed(7)
+    assert rollouts(3, calls=2) == [first, second]
+    assert torch.rand(1) == expected
+    assert rollouts(4) != [first]
+    assert rollouts(3, seed=1) != [first]
 
 
 def test_a_resumed_epoch_has_the_order_of_the_epoch():

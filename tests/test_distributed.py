@@ -1,5 +1,6 @@
 """A trainer of two processes (gloo, DDP and FSDP2) with one real rollout server: the same bytes, the same engine."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -21,12 +22,14 @@ pytestmark = pytest.mark.slow
 
 ACCELERATE = str(Path(sys.executable).parent / "accelerate")
 LAUNCHERS = {"ddp": "configs/accelerate/ddp_cpu.yaml", "fsdp2": "configs/accelerate/fsdp2.yaml"}
+DEEPSPEED = {kind: f"configs/accelerate/{kind}.yaml" for kind in ("zero2", "zero3")}
 NATS = 1e-5
 
 
 def launch(kind, *command, timeout=300):
+    options = ["--config_file", (LAUNCHERS | DEEPSPEED)[kind], "--num_processes", "2"]
     done = subprocess.run(
-        [ACCELERATE, "launch", "--config_file", LAUNCHERS[kind], *map(str, command)],
+        [ACCELERATE, "launch", *options, *map(str, command)],
         capture_output=True, text=True, timeout=timeout, cwd=REPOSITORY, env=child_environment(OMP_NUM_THREADS="1"),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
@@ -112,6 +115,21 @@ def test_a_nan_in_one_process_stops_them_all_with_its_words(kind, trained):
     assert here.startswith("PeerFailedError: process 1 of the trainer failed: FloatingPointError")
     assert words in here
     assert words in there
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize(
+    ("kind", "case"), [("zero2", "fura"), ("zero2", "lora"), ("zero2", "full"), ("zero3", "lora"), ("zero3", "full")]
+)
+def test_a_trainer_under_deepspeed_brings_the_engine_along(kind, case, rollout_server, tmp_path):
+    """One case a launch: DeepSpeed holds one engine a process."""
+    launch(kind, "tests/distributed_trainer.py", case, rollout_server.model, rollout_server.url, tmp_path)
+    here, there = (torch.load(tmp_path / f"{case}-{process}.pt") for process in (0, 1))
+    assert (here["kind"], here["processes"]) == ("DEEPSPEED", 2)
+    assert (here["pieces"] > 20) == (kind == "zero3"), "the policy must really be sharded"
+    assert max(here["gaps"]) < NATS
+    assert there["gaps"] == [None] * 3
+    assert here["non-finite"].startswith("PeerFailedError: process 1 of the trainer failed: FloatingPointError")
 
 
 @pytest.mark.parametrize("adapter", ["fura", "lora"])
