@@ -42,6 +42,9 @@ def submit(tmp_path):
     recorder = (
         f'#!/bin/bash\nfile=$(mktemp -p {calls}); printf "%q " "$FURA_ROLLOUT_TOKEN" "$CUDA_VISIBLE_DEVICES" "$@" > '
         '"$file"\ncase "$*" in *serve_rollouts*) exec sleep 60;; esac\n'
+        # the trainer is there until every server that it was told of has been recorded
+        f'servers=$(grep -o http: <<< "$*" | wc -l); cd {calls}\n'
+        "until [ $(grep -l serve_rollouts * | wc -l) -ge $servers ]; do sleep 0.1; done\n"
     )
     commands = {"srun": recorder, "scontrol": '#!/bin/bash\nprintf "%s\\n" n0 n1 n2 n3\n'}
     for name, text in commands.items():
