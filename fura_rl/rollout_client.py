@@ -52,7 +52,9 @@ class SingleClient(VLLMClient):
         self.session.headers.update(authorization())
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, TimeoutAdapter(self.timeout))
-        HttpTransport(self.base_url).wait_until_up(total_timeout)
+        transport = HttpTransport(self.base_url)
+        transport.wait_until_up(total_timeout)
+        transport.request("GET", "/v1/models")  # a wrong token is told as such, before TRL asks
 
 
 class RolloutClient:

@@ -33,6 +33,20 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_inherited_rank() -> Iterator[None]:
+    """A trainer in this process leaves its rank and its port in the environment; a script started later would take
+    itself for a process of that run."""
+    forget_rank()
+    yield
+    forget_rank()
+
+
+def forget_rank() -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+
+
 def make_tiny_checkpoint(
     folder: Path, *, tied: bool, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: object
 ) -> Path:
