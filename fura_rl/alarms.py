@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import statistics
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -106,24 +107,15 @@ def reward_constant(seen: Seen, settings: AlarmSettings) -> Reading | None:
     return None
 
 
-def at_least(name: str, threshold: str) -> Callable[[Seen, AlarmSettings], Reading | None]:
-    """On where a share reaches its threshold in every latest line."""
+def beyond(
+    name: str, threshold: str, holds: Callable[[float, float], bool] = operator.gt
+) -> Callable[[Seen, AlarmSettings], Reading | None]:
+    """On where a metric is above its threshold (or otherwise `holds` against it) in every latest line."""
 
     def check(seen: Seen, settings: AlarmSettings) -> Reading | None:
         limit = getattr(settings, threshold)
         values = lasting(seen, settings, name)
-        return Reading(values[-1], limit) if values and min(values) >= limit else None
-
-    return check
-
-
-def above(name: str, threshold: str) -> Callable[[Seen, AlarmSettings], Reading | None]:
-    """On where a metric exceeds its threshold in every latest line."""
-
-    def check(seen: Seen, settings: AlarmSettings) -> Reading | None:
-        limit = getattr(settings, threshold)
-        values = lasting(seen, settings, name)
-        return Reading(values[-1], limit) if values and min(values) > limit else None
+        return Reading(values[-1], limit) if values and holds(min(values), limit) else None
 
     return check
 
@@ -188,7 +180,7 @@ ALARMS = {
         "or easier problems",
     ),
     "groups_equal": Alarm(
-        "frac_reward_zero_std", at_least("frac_reward_zero_std", "alarm_equal_groups_frac"),
+        "frac_reward_zero_std", beyond("frac_reward_zero_std", "alarm_equal_groups_frac", operator.ge),
         "no group has an advantage, so nothing is learned: use problems that are solved sometimes, more "
         "num_generations, or a higher temperature",
     ),
@@ -197,12 +189,12 @@ ALARMS = {
         "make prompt_template ask for the format that the reward reads, and look whether completions are truncated",
     ),
     "completions_truncated": Alarm(
-        "completions/clipped_ratio", at_least("completions/clipped_ratio", "alarm_truncated_frac"),
+        "completions/clipped_ratio", beyond("completions/clipped_ratio", "alarm_truncated_frac", operator.ge),
         "raise max_completion_length (and vllm_max_model_length), and check that the chat template ends a turn",
     ),
     "importance_cut": Alarm(
         "sampling/importance_sampling_ratio/cut_frac",
-        above("sampling/importance_sampling_ratio/cut_frac", "alarm_importance_cut_frac"),
+        beyond("sampling/importance_sampling_ratio/cut_frac", "alarm_importance_cut_frac"),
         "the engine samples from another policy than the one trained: compare vllm_dtype with the policy's dtype; for "
         "long completions use vllm_importance_sampling_mode=token_truncate",
     ),
@@ -215,7 +207,7 @@ ALARMS = {
         "samples of a group become the same: lower learning_rate, or raise temperature or beta",
     ),
     "kl_blows_up": Alarm(
-        "kl in nats a token", above("kl", "alarm_kl"),
+        "kl in nats a token", beyond("kl", "alarm_kl"),
         "the policy has left its reference: lower learning_rate, raise beta, or go back to an earlier checkpoint",
     ),
     "adapter_frozen": Alarm(

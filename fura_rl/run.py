@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback, TrainerControl, TrainerState
 from trl import ModelConfig, get_quantization_config
 
@@ -83,8 +83,9 @@ def prepare_run(arguments: RunArguments) -> Run:
     reward_funcs = [load_reward(name) for name in script.reward_funcs]
     model_path = stand_in_for(arguments) if script.dry_run else resolve_model(model_args.model_name_or_path)
     tokenizer = load_tokenizer(model_path, arguments)
-    train_set = load_data(arguments, tokenizer)
-    held_out, evaluated = load_held_out(arguments, tokenizer)
+    splits = load_splits(script, arguments.mixture)
+    train_set = load_train_set(arguments, tokenizer, splits)
+    held_out, evaluated = load_held_out(arguments, tokenizer, splits)
     start_from = find_checkpoint(arguments, settings)
 
     training.model_init_kwargs = {
@@ -227,14 +228,15 @@ def load_tokenizer(model_path: str, arguments: RunArguments) -> PreTrainedTokeni
         ) from error
 
 
-def load_data(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def load_train_set(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase, splits: DatasetDict) -> Dataset:
     script = arguments.script
     source = script.dataset_name or "the dataset mixture"
-    splits = load_splits(script, arguments.mixture)
     return prepare(pick_split(splits, script.dataset_train_split, source), script, tokenizer, source)
 
 
-def load_held_out(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[HeldOut | None, HeldOut | None]:
+def load_held_out(
+    arguments: RunArguments, tokenizer: PreTrainedTokenizerBase, splits: DatasetDict
+) -> tuple[HeldOut | None, HeldOut | None]:
     """What is scored at both ends of training, and what `eval_strategy` scores during it.
 
     Raises:
@@ -249,7 +251,6 @@ def load_held_out(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase) -
             )
         return None, None
     source = script.dataset_name or "the dataset mixture"
-    splits = load_splits(script, arguments.mixture)
 
     def held_out(split: str) -> HeldOut:
         problems = pick_split(splits, split, source)
@@ -269,7 +270,10 @@ def load_held_out(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase) -
         )
 
     ends = held_out(script.dataset_test_split)
-    return ends, held_out(script.dataset_eval_split or script.dataset_test_split) if during else None
+    if not during:
+        return ends, None
+    split = script.dataset_eval_split or script.dataset_test_split
+    return ends, ends if split == script.dataset_test_split else held_out(split)
 
 
 def stand_in_for(arguments: RunArguments) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fura_rl.adapters.blocks import default_block_size
+from fura_rl.benchmark.models import SIZES, decoder_projections
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -64,12 +65,20 @@ class Model:
             qkv_bias=config.model_type == "qwen2",
         )
 
+    @classmethod
+    def sized(cls, size: str, **rest: bool) -> Model:
+        """The shape of a size that the benchmarks know too."""
+        s = SIZES[size]
+        return cls(
+            s["hidden_size"], s["intermediate_size"], s["num_hidden_layers"], s["num_attention_heads"],
+            s["num_key_value_heads"], s["head_dim"], s["vocab_size"], **rest,
+        )  # fmt: skip
+
     @property
     def projections(self) -> tuple[tuple[int, int], ...]:
         """(out_features, in_features) of a layer's q, k, v, o, gate, up, down."""
-        inner, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        h, i = self.hidden, self.intermediate
-        return (inner, h), (kv, h), (kv, h), (h, inner), (i, h), (i, h), (h, i)
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return decoder_projections(self.hidden, self.intermediate, queries, keys)
 
     @property
     def linear_parameters(self) -> int:
@@ -89,9 +98,9 @@ class Model:
 
 
 MODELS = {
-    "0.6b": Model(1024, 3072, 28, 16, 8, 128, 151936, tied=True, head_norms=True),
-    "1.7b": Model(2048, 6144, 28, 16, 8, 128, 151936, tied=True, head_norms=True),
-    "7b": Model(3584, 18944, 28, 28, 4, 128, 152064, qkv_bias=True),
+    "0.6b": Model.sized("qwen3-0.6b", tied=True, head_norms=True),
+    "1.7b": Model.sized("qwen3-1.7b", tied=True, head_norms=True),
+    "7b": Model.sized("7b", qkv_bias=True),
     "32b": Model(5120, 25600, 64, 64, 8, 128, 151936, head_norms=True),
     "70b": Model(8192, 28672, 80, 64, 8, 128, 128256),
 }

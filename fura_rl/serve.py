@@ -63,6 +63,13 @@ def check(host: str, port: int) -> None:
             ) from error
 
 
+def free_port() -> int:
+    """A port of loopback that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def command(model: str, host: str, port: int, extra: Sequence[str]) -> list[str]:
     """The server's command line; `extra` are vLLM's own options, which win."""
     settings = {

@@ -10,6 +10,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,25 @@ def start_llm(folder: Path, dtype: str = "float32", **options: object) -> Any:
     settings = {"enforce_eager": True, "kv_cache_memory_bytes": 64 * 2**20, "max_model_len": 128}
     ENGINES.append(LLM(str(folder), dtype=dtype, disable_log_stats=True, **settings | options))
     return ENGINES[-1]
+
+
+@contextmanager
+def one_trainer_engine() -> Iterator[None]:
+    """Every `FuraGRPOTrainer` made in here gets the engine that the first one started."""
+    from fura_rl.trainer import FuraGRPOTrainer
+
+    started, make = [], FuraGRPOTrainer._make_engine
+
+    def shared(self: FuraGRPOTrainer, **kwargs: Any) -> Any:
+        if not started:
+            started.append(make(self, **kwargs))
+        return started[0]
+
+    FuraGRPOTrainer._make_engine = shared
+    try:
+        yield
+    finally:
+        FuraGRPOTrainer._make_engine = make
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,9 +27,9 @@ def child_environment(**settings: str) -> dict[str, str]:
 
 class RolloutServer:
     def __init__(self, model: Path, log: Path, *options: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        from fura_rl.serve import free_port
+
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.model, self.log = model, log
         self._options = options

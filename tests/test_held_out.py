@@ -5,14 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, one_trainer_engine
 
 from fura_rl.checkpoint import last_checkpoint
 from fura_rl.config import parse_arguments
+from fura_rl.data import load_splits
 from fura_rl.evaluation.estimators import doubling_ks
 from fura_rl.evaluation.held_out import HeldOut
 from fura_rl.run import load_held_out, prepare_run, train
-from fura_rl.trainer import FuraGRPOTrainer, check_settings
+from fura_rl.trainer import check_settings
 
 OPTIONS = [
     *("--config", str(REPOSITORY / "configs" / "quickstart.yaml"), "--max_steps", "6", "--learning_rate", "1e-2"),
@@ -55,29 +56,24 @@ def test_a_metric_that_nothing_measures_is_refused_before_a_model_is_loaded(metr
 
 
 def test_the_split_evaluated_during_training_can_be_another_than_the_one_at_its_ends():
-    tokenizer = SimpleNamespace(chat_template="x")
-    ends, during = load_held_out(parse_arguments([*OPTIONS, *EVALUATE]), tokenizer)
+    def load(options):
+        arguments = parse_arguments([*OPTIONS, *options])
+        return load_held_out(arguments, SimpleNamespace(chat_template="x"), load_splits(arguments.script))
+
+    ends, during = load(EVALUATE)
     assert len(ends.prompts) == len(during.prompts) == 40
     assert ends.prompts != during.prompts
     assert during.measures == ["greedy", "pass@1", "pass@2", "pass@4"]
     with pytest.raises(ValueError, match="eval_strategy='steps' has nothing to evaluate: set eval_problems"):
-        load_held_out(parse_arguments([*OPTIONS, "--eval_strategy", "steps", "--eval_problems", "0"]), tokenizer)
+        load(["--eval_strategy", "steps", "--eval_problems", "0"])
     with pytest.raises(ValueError, match="eval_problems=201 exceeds the 200 problems of quickstart's validation split"):
-        load_held_out(parse_arguments([*OPTIONS, *EVALUATE, "--eval_problems", "201"]), tokenizer)
+        load([*EVALUATE, "--eval_problems", "201"])
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The same short run twice on one engine, without and with evaluation; (run, folder, training log) of each."""
-    started, make = [], FuraGRPOTrainer._make_engine
-
-    def shared(self, **kwargs):
-        if not started:
-            started.append(make(self, **kwargs))
-        return started[0]
-
-    FuraGRPOTrainer._make_engine = shared
-    try:
+    with one_trainer_engine():
         finished = {}
         for name, options in {"without": ["--eval_problems", "0"], "with": EVALUATE}.items():
             folder = tmp_path_factory.mktemp(name)
@@ -88,8 +84,6 @@ def runs(tmp_path_factory):
             history = json.loads((folder / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
             finished[name] = (run, folder, history)
         yield finished
-    finally:
-        FuraGRPOTrainer._make_engine = make
 
 
 def training_numbers(history):

@@ -5,12 +5,11 @@ Every sync is proved by its own audit and probe; what training moved and what it
 
 import pytest
 import torch
-from conftest import PARITY_NATS, REPOSITORY
+from conftest import PARITY_NATS, REPOSITORY, one_trainer_engine
 
 from fura_rl.adapters.registry import METHODS
 from fura_rl.config import parse_arguments
 from fura_rl.run import prepare_run
-from fura_rl.trainer import FuraGRPOTrainer
 
 pytestmark = pytest.mark.slow
 STEPS = 3
@@ -24,16 +23,8 @@ OPTIONS = [
 @pytest.fixture(scope="module")
 def one_engine():
     """Every trainer of this module gets the engine that the first one started."""
-    started, make = [], FuraGRPOTrainer._make_engine
-
-    def shared(self, **kwargs):
-        if not started:
-            started.append(make(self, **kwargs))
-        return started[0]
-
-    FuraGRPOTrainer._make_engine = shared
-    yield
-    FuraGRPOTrainer._make_engine = make
+    with one_trainer_engine():
+        yield
 
 
 def snapshot(policy):

@@ -139,7 +139,8 @@ def update_summary(policy: nn.Module, base: Mapping[str, torch.Tensor], targets:
     for weight in checkpoint_weights(policy):
         if weight.name.endswith(".weight") and weight.module_name.rpartition(".")[2] in targets:
             value = weight.value().float()
-            shapes.append(update_shape(value - base[weight.name].to(value), base[weight.name].to(value)))
+            start = base[weight.name].to(value)
+            shapes.append(update_shape(value - start, start))
     moved = [asdict(shape) for shape in shapes if shape is not None]
     size = sum(shape["relative_size"] for shape in moved) / len(shapes) if shapes else 0.0
     return {

@@ -7,11 +7,11 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from fura_rl import validation
 from fura_rl.adapters.registry import find_method
 from fura_rl.config import read_yaml
 
@@ -145,9 +145,7 @@ def spec_faults(spec: Spec) -> list[str]:
 def refuse_unknown(values: dict[str, Any], cls: type, where: str) -> None:
     known = {f.name for f in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - known):
-        near = get_close_matches(unknown[0], known, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"unknown setting {unknown[0]!r} in {where}{hint}")
+        raise ValueError(f"unknown setting {validation.unknown(unknown[0], where, sorted(known))}")
 
 
 def search_cells(spec: Spec) -> list[Cell]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from fura_rl.ablation.spec import (
     training_options,
 )
 from fura_rl.report import environment, write_json
+from fura_rl.serve import free_port
 
 SPEC, LOG, FAILED = "spec.json", "log.txt", "failed.txt"
 TAIL_LINES = 12
@@ -105,9 +105,3 @@ def run_cell(folder: Path) -> int:
         (folder / FAILED).write_text("\n".join([f"exit code {code}", *tail]) + "\n")
         return code or 1
     return 0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -33,20 +33,20 @@ SIZES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def decoder_projections(hidden: int, intermediate: int, queries: int, keys: int) -> tuple[tuple[int, int], ...]:
+    """(out_features, in_features) of a decoder layer's seven projections: q, k, v, o, gate, up, down.
+
+    `queries` and `keys` are heads x head_dim.
+    """
+    q, k = (queries, hidden), (keys, hidden)
+    return q, k, k, (hidden, queries), (intermediate, hidden), (intermediate, hidden), (hidden, intermediate)
+
+
 def projection_shapes(size: str) -> tuple[tuple[int, int], ...]:
-    """(out_features, in_features) of a decoder layer's seven projections: q, k, v, o, gate, up, down."""
+    """`decoder_projections` of one of SIZES."""
     s = SIZES[size]
-    hidden, heads = s["hidden_size"], s["num_attention_heads"] * s["head_dim"]
-    kv, inner = s["num_key_value_heads"] * s["head_dim"], s["intermediate_size"]
-    return (
-        (heads, hidden),
-        (kv, hidden),
-        (kv, hidden),
-        (hidden, heads),
-        (inner, hidden),
-        (inner, hidden),
-        (hidden, inner),
-    )
+    queries, keys = (s[heads] * s["head_dim"] for heads in ("num_attention_heads", "num_key_value_heads"))
+    return decoder_projections(s["hidden_size"], s["intermediate_size"], queries, keys)
 
 
 def layer_shapes(size: str) -> tuple[tuple[int, int], ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from transformers import AutoTokenizer
 from fura_rl.benchmark.measure import Settings
 from fura_rl.benchmark.models import random_model
 from fura_rl.quickstart import BASE_MODEL
-from fura_rl.serve import die_with_parent
+from fura_rl.serve import die_with_parent, free_port
 from fura_rl.sync.fold import checkpoint_weights
 
 if TYPE_CHECKING:
@@ -64,9 +63,7 @@ def rollout_server(settings: Settings, checkpoint: Path) -> Iterator[HttpTranspo
     """
     from fura_rl.sync.http_transport import HttpTransport
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [
         *(sys.executable, str(LAUNCHER), "--model", str(checkpoint), "--port", str(port), "--restarts", "0"),
         *("--dtype", dtype_name(settings.dtype), "--max-model-len", str(MAX_LENGTH), "--enforce-eager"),

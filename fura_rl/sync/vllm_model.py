@@ -183,23 +183,22 @@ class LiveModel:
     @torch.no_grad()
     def kernel_replies(self, spans: Mapping[str, Sequence[Span]]) -> dict[str, KernelReply]:
         """This worker's share of x W^T through the live kernels: see `audit.Kernels`."""
-        experts = {name: stack for name in spans if (stack := self._stack_of(name)) is not None}
-        replies = {name: self._kernel_reply(name, list(spans[name])) for name in spans.keys() - experts.keys()}
-        for stack in dict.fromkeys(experts.values()):
-            replies |= self._expert_replies(stack, {n: spans[n] for n in spans if experts.get(n) == stack})
+        holders = {weight.rpartition(".")[0]: owners[0] for weight, owners in self.owners.items()}
+        replies: dict[str, KernelReply | None] = {}
+        experts: dict[str, dict[str, Sequence[Span]]] = {}  # engine module -> those asked of its stack, `....experts.3`
+        for name, wanted in spans.items():
+            stack, _, last = name.rpartition(".")
+            if last.isdecimal() and stack in holders:
+                experts.setdefault(holders[stack], {})[name] = wanted
+            else:
+                replies[name] = self._kernel_reply(name, list(wanted))
+        for module_name, asked in experts.items():
+            replies |= self._expert_replies(module_name, asked)
         return {name: reply for name, reply in replies.items() if reply is not None}
 
-    def _stack_of(self, name: str) -> str | None:
-        """The engine module that holds the stacked experts of which `name` is one, as `....experts.3`."""
-        stack, _, expert = name.rpartition(".")
-        if not expert.isdecimal():
-            return None
-        weight = next((weight for weight in self.owners if weight.rpartition(".")[0] == stack), None)
-        return None if weight is None else self.owners[weight][0]
-
-    def _expert_replies(self, stack: str, spans: Mapping[str, Sequence[Span]]) -> dict[str, KernelReply | None]:
-        """This worker's share of what its kernel makes of the vectors, expert by expert."""
-        module = self.modules[stack]
+    def _expert_replies(self, module_name: str, spans: Mapping[str, Sequence[Span]]) -> dict[str, KernelReply | None]:
+        """This worker's share of what the kernel of stacked experts makes of the vectors, expert by expert."""
+        module = self.modules[module_name]
         method, parallel = module.quant_method, module.moe_config.moe_parallel_config
         if method.is_monolithic or parallel.use_all2all_kernels:  # routes by itself, or through other workers
             return dict.fromkeys(spans)

@@ -187,7 +187,7 @@ class WeightSync:
         with failing_together():
             push = self._push(chosen, watch)
             clock.append(time.perf_counter())
-            gains = self._audit(chosen) if audited else {}
+            gains = self._audit() if audited else {}
             clock.append(time.perf_counter())
         self.version += 1
         gap = self._probe() if self._first or (self.version - 1) % self.probe_every == 0 else None
@@ -227,21 +227,17 @@ class WeightSync:
         for weight in chosen:
             if not watch.saw(weight):  # the engine never asked for it: then the audit must miss it
                 make(weight)
-        if self.audit_every and not self.follows:
-            self._expect_of_experts(watch)
         phases = dict(push.phases)
         phases["fold"] = max(0.0, phases.get("fold", 0.0) - watch.seconds)
         return Push(push.payload_bytes, phases)
 
-    def _expect_of_experts(self, watch: UpdateWatch) -> None:
-        started = time.perf_counter()
+    def _expect_of_experts(self) -> None:
         for layer in expert_layers(self.model, self.weights.values()):
             replies = layer.replies(self.engine.dtype)
             bases = None if all(map(self.audit.knows, layer.names)) else layer.base_replies()
             for expert, name in enumerate(layer.names):
                 base = None if bases is None else bases[expert]
                 self.audit.expect_reply(name, replies[expert], base, layer.spans, roundings=expert_audit.ROUNDINGS)
-        watch.seconds += time.perf_counter() - started
 
     def _factors(self, weight: CheckpointWeight) -> Factors:
         if self.mode == "dense":
@@ -262,12 +258,13 @@ class WeightSync:
 
         return unshifted
 
-    def _audit(self, chosen: list[CheckpointWeight]) -> dict[str, float]:
+    def _audit(self) -> dict[str, float]:
         """The gains of the engine's kernels, all fresh; what is stale is sent once more before the run is stopped.
 
         Raises:
             StaleEngineError: naming the modules that did not take their weights twice.
         """
+        self._expect_of_experts()
         gains = self.audit.gains(self.engine)
         if stale := stale_modules(gains):
             logger.warning("weight sync: %s did not take the new weights; sending them once more", ", ".join(stale))
