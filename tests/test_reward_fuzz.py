@@ -7,7 +7,7 @@ from fractions import Fraction
 from itertools import pairwise
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from rewards import WorkerPool, grade
@@ -62,10 +62,20 @@ def test_comparison_without_sympy_never_raises(gold, answer, mode):
 
 @unhurried
 @given(latex)
+@example(r"\frac==<")
+@example("1\n912")
+@example("a$\u03010")
+@example(r"\~5")
 def test_normalising_twice_changes_nothing_that_is_read(text):
     once = normalise(text)
     assert readings(once) == readings(text) or not readings(text)
     brace_arguments(once)
+
+
+def test_a_run_of_signs_that_is_no_relation_is_left_as_it_stands():
+    assert normalise("x==<5") == "x==<5"
+    assert normalise("x==5") == "x=5"
+    assert normalise("x=<5") == r"x\le 5"
 
 
 @unhurried
