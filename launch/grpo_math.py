@@ -1,7 +1,7 @@
 """Train a language model with GRPO on verifiable math rewards, through FuRA or another adapter, with vLLM rollouts.
 
 accelerate launch launch/grpo_math.py                                          the quickstart, minutes on a CPU
-accelerate launch launch/grpo_math.py --adapter lora                           the same with another method
+accelerate launch launch/grpo_math.py --adapter lora --output_dir outputs/lora  the same with another method
 accelerate launch launch/grpo_math.py --config configs/qwen3-1.7b/fura.yaml    the paper's recipe, one GPU
 """
 
