@@ -7,6 +7,7 @@
     python launch/benchmark.py quantize                  error and bits of NF4, plain and with FuRA
     python launch/benchmark.py sync                      a sync into a live vLLM engine, here and behind a server
     python launch/benchmark.py survival                  what 16-bit engines leave of the update: trains, takes long
+    python launch/benchmark.py soak                      does a run of 2,000 steps grow in memory, files or time?
     python launch/benchmark.py step                      a whole GRPO step on a random model
     python launch/benchmark.py rewards                   grading answers: throughput, hostile answers, beside peers
     python launch/benchmark.py all --device cuda --out outputs/benchmark    everything, in under eight minutes
@@ -27,7 +28,7 @@ from pathlib import Path
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ["layer", "convert", "model", "fold", "quantize", "step", "sync", "rewards", "survival"]
+    names = ["layer", "convert", "model", "fold", "quantize", "step", "sync", "rewards", "survival", "soak"]
     parser.add_argument("benchmark", choices=[*names, "all"], help="which one, or all")
     parser.add_argument("--device", help="cpu or cuda [cuda where there is one]")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="[bfloat16 on cuda, else float32]")
@@ -42,7 +43,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=float, help="begin no measurement after this long [all: 7.5, else no limit]")
     parser.add_argument("--seeds", type=int, default=5, help="seeds of the survival study [5]")
-    parser.add_argument("--steps", type=int, default=50, help="steps of each run of the survival study [50]")
+    parser.add_argument("--steps", type=int, help="steps of a run [survival: 50, soak: 2000]")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark"), help="where the results go")
     return parser.parse_args(argv)
 
@@ -85,7 +86,7 @@ def main(argv: list[str]) -> int:
         clock=time.process_time if args.cpu_time else time.perf_counter,
         budget=budget,
         seeds=args.seeds,
-        steps=args.steps,
+        steps=args.steps or (2000 if args.benchmark == "soak" else 50),
         out=args.out,
     )
     measured = machine(settings)

@@ -303,12 +303,19 @@ def plot_band(axes: Any, line: Line, index: int, steps: Sequence[int], seeds: Se
     axes.fill_between(steps, low, high, color=look(index)["color"], alpha=0.15)
 
 
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """The mean of each `window` values in a row."""
+    return [statistics.fmean(values[i : i + window]) for i in range(len(values) - window + 1)]
+
+
 def plot_rewards(axes: Any, lines: Sequence[Line]) -> None:
-    """Mean reward of a step."""
+    """Running mean of the reward: its prompts differ from step to step, the same for every entry."""
     for index, line in enumerate(lines):
         count = min(map(len, line.rewards))
-        plot_band(axes, line, index, range(1, count + 1), [rewards[:count] for rewards in line.rewards])
-    axes.set(xlabel="GRPO step", ylabel="mean reward", ylim=(0, 1.02))
+        window = max(1, count // 8)
+        smooth = [running_mean(rewards[:count], window) for rewards in line.rewards]
+        plot_band(axes, line, index, range(window, count + 1), smooth)
+    axes.set(xlabel="GRPO step", ylabel="mean reward, running mean")
     axes.legend(frameon=False, fontsize="small", loc="lower right")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fura_rl.benchmark import convert, fold, grpo_step, layer, model, quantize, rewards, survival, sync
+from fura_rl.benchmark import convert, fold, grpo_step, layer, model, quantize, rewards, soak, survival, sync
 from fura_rl.benchmark.measure import Settings
 
 BENCHMARKS: dict[str, Callable[[Settings], list[dict[str, Any]]]] = {
@@ -18,6 +18,7 @@ BENCHMARKS: dict[str, Callable[[Settings], list[dict[str, Any]]]] = {
     "sync": sync.run,
     "rewards": rewards.run,
     "survival": survival.run,
+    "soak": soak.run,
 }
 
 # What "all" runs, and up to which part of its time budget each may begin measurements; what is left over passes on.
