@@ -22,6 +22,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from trl.experimental.async_grpo import AsyncGRPOTrainer
 
+from fura_rl.alarms import Alarms, AlarmSettings
 from fura_rl.data import encode_prompts
 from fura_rl.serve import TOKEN_VARIABLE
 from fura_rl.sync.engine import RolloutEngine
@@ -77,7 +78,8 @@ class FuraAsyncGRPOTrainer(AsyncGRPOTrainer):
     """`AsyncGRPOTrainer` whose rollout server provably serves the policy that is trained.
 
     Takes TRL's arguments unchanged, `weight_transfer` excepted; `peft_config` is any PEFT config, or None for full
-    fine-tuning.  `sync_settings` are keyword arguments of `WeightSync`, e.g. `{"probe_every": 1}`.  Logs `sync/*`.
+    fine-tuning.  `sync_settings` are keyword arguments of `WeightSync`, e.g. `{"probe_every": 1}`, `alarms` the
+    thresholds of its alarms.  Logs `sync/*` at every sync and `alarms/*` with every line.
 
     Raises:
         ValueError: where a token is set, which TRL's rollout worker cannot send.
@@ -85,7 +87,13 @@ class FuraAsyncGRPOTrainer(AsyncGRPOTrainer):
         RemoteSyncError: where it serves another base model, or belongs to another trainer.
     """
 
-    def __init__(self, *args: Any, sync_settings: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        sync_settings: dict[str, Any] | None = None,
+        alarms: AlarmSettings | None = None,
+        **kwargs: Any,
+    ) -> None:
         refuse_token()
         check_layout()
         transfer = FactoredWeightTransfer()
@@ -103,6 +111,8 @@ class FuraAsyncGRPOTrainer(AsyncGRPOTrainer):
             **(sync_settings or {}),
         )
         self.transfer = transfer
+        self.alarms = Alarms(alarms or AlarmSettings())
+        self.callback_handler.callbacks.insert(0, self.alarms)  # before the reporters, which shall see its counters
 
     def _rollout_engine(self) -> RolloutEngine:
         """The server as this process sees it: the first talks to it, the others gather along."""

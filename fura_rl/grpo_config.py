@@ -32,6 +32,14 @@ class FuraGRPOConfig(AlarmSettings, GRPOConfig):
         default=None,
         metadata={"help": "Run the engine without graph capture and compilation; default: only on CPU."},
     )
+    vllm_server_seeded: bool = field(
+        default=False,
+        metadata={
+            "help": "Ask a rollout server for each prompt with a seed of its own: rollouts are then a function of "
+            "seed, step and weights, and a killed run goes on to the same numbers. vLLM draws such rows one by one, "
+            "slower on a GPU; its CPU engine refuses a seeded prompt that it prefills in chunks."
+        },
+    )
     sync_mode: str = field(
         default="auto",
         metadata={

@@ -11,11 +11,12 @@ import atexit
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import requests
 from requests.adapters import HTTPAdapter
 from trl.generation.vllm_client import VLLMClient
@@ -26,6 +27,7 @@ from fura_rl.sync.remote_engine import EngineLostError, RemoteEngine, RemoteSync
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
+MAX_REQUESTS = 64  # at a time, where each prompt is a request
 TRANSPORTS = ("auto", "file", "inline")
 
 
@@ -34,7 +36,7 @@ class TimeoutAdapter(HTTPAdapter):
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        super().__init__(pool_maxsize=64)
+        super().__init__(pool_maxsize=MAX_REQUESTS)
 
     def send(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs["timeout"] = kwargs.get("timeout") or self.seconds
@@ -76,6 +78,7 @@ class RolloutClient:
         ]
         self.engine = engines[0] if len(engines) == 1 else Replicas(engines)
         self.resampled_batches = 0
+        self._seed: int | None = None
         atexit.register(self.close)
 
     def close(self) -> None:
@@ -95,6 +98,16 @@ class RolloutClient:
 
     def image_features(self, images: list[list | None], **kwargs: Any) -> list[dict | None]:
         return self.clients[0].image_features(images, **kwargs)
+
+    @contextlib.contextmanager
+    def drawing_from(self, seed: int) -> Iterator[None]:
+        """Completions asked for inside are a function of `seed`, the weights and the prompts, and not of the server's
+        past: each prompt is asked for with a seed of its own, which vLLM counts up over its completions."""
+        self._seed = seed
+        try:
+            yield
+        finally:
+            self._seed = None
 
     def generate(
         self, prompts: list[list[int]], features: list[dict | None] | None = None, **settings: Any
@@ -119,11 +132,25 @@ class RolloutClient:
             logger.warning("rollouts lost (%s); asking for the batch again (%d of %d)", reason, attempt, ATTEMPTS)
         raise EngineLostError(f"no batch of rollouts arrived whole in {ATTEMPTS} attempts; the last: {reason}")
 
+    def _calls(self, count: int, settings: dict) -> list[tuple[SingleClient, slice, dict]]:
+        """Who is asked for which of `count` prompts with which settings: one request a replica, or one a prompt where
+        each has a seed."""
+        shares = split(count, len(self.clients))
+        if self._seed is None:
+            calls = [(client, share, settings) for client, share in zip(self.clients, shares, strict=True)]
+            return [call for call in calls if call[1].stop > call[1].start]
+        seeds = (np.random.SeedSequence(self._seed).generate_state(count, np.uint64) >> 1).tolist()
+        own = settings.get("generation_kwargs") or {}
+        return [
+            (client, slice(i, i + 1), settings | {"generation_kwargs": own | {"seed": seeds[i]}})
+            for client, share in zip(self.clients, shares, strict=True)
+            for i in range(share.start, share.stop)
+        ]
+
     def _sample(self, prompts: list[list[int]], features: list[dict | None] | None, settings: dict) -> dict[str, Any]:
         """Split over the replicas, in order."""
-        shares = split(len(prompts), len(self.clients))
 
-        def ask(client: SingleClient, share: slice) -> dict[str, Any]:
+        def ask(client: SingleClient, share: slice, settings: dict) -> dict[str, Any]:
             part = None if features is None else features[share]
             try:
                 return client.generate(prompts=prompts[share], features=part, **settings)
@@ -134,8 +161,8 @@ class RolloutClient:
                     raise
                 raise EngineLostError(f"{client.base_url}: {error}"[:500]) from error
 
-        calls = [pair for pair in zip(self.clients, shares, strict=True) if pair[1].stop > pair[1].start]
-        with ThreadPoolExecutor(len(calls)) as pool:
+        calls = self._calls(len(prompts), settings)
+        with ThreadPoolExecutor(min(len(calls), MAX_REQUESTS)) as pool:
             outputs = list(pool.map(lambda call: ask(*call), calls))
         return {key: joined([output[key] for output in outputs]) for key in outputs[0]}
 

@@ -15,7 +15,7 @@ import signal
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -64,8 +64,8 @@ class FuraGRPOTrainer(GRPOTrainer):
     logged, and `metric_for_best_model`, `load_best_model_at_end` and `save_strategy="best"` go by them.
 
     A run that was killed and goes on from its last checkpoint reaches what an uninterrupted one reaches, bit for bit on
-    the same machine with the engine in its process.  `checkpoint_writers` are called with the folder of each checkpoint
-    before it is given its name, to put further files into it.
+    the same machine with the engine in its process, or on a server with `vllm_server_seeded`.  `checkpoint_writers`
+    are called with the folder of each checkpoint before it is given its name, to put further files into it.
 
     Raises:
         ValueError: for settings that this trainer cannot serve, before a model is loaded.
@@ -143,7 +143,7 @@ class FuraGRPOTrainer(GRPOTrainer):
             score=self._score,
         )
         generation.sync_weights = self.sync_weights
-        generate = self._seeded(generation.generate) if generation.mode == "colocate" else generation.generate
+        generate = self._seeded(generation.generate)
         generation.generate = self._timed("rollout", out_of_memory_in("rollouts")(generate))
 
     def _rollout_engine(self, generation: Any) -> RolloutEngine:
@@ -227,11 +227,19 @@ class FuraGRPOTrainer(GRPOTrainer):
             step, training = self.state.global_step, self.model.training
             call = self._rollouts_at[2] if self._rollouts_at[:2] == (step, training) else 0
             self._rollouts_at = (step, training, call + 1)
-            engine = self.accelerator.process_index // self.args.vllm_tensor_parallel_size
-            with drawing_from(rollout_seed(self.args.seed, step=step, call=call, training=training, engine=engine)):
+            with self._draws(step=step, call=call, training=training):
                 return generate(*args, **kwargs)
 
         return seeded
+
+    def _draws(self, **place: Any) -> AbstractContextManager[None]:
+        """What seeds the rollouts of one place in the run, here or at the server."""
+        if self.vllm_generation.mode == "colocate":
+            engine = self.accelerator.process_index // self.args.vllm_tensor_parallel_size
+            return drawing_from(rollout_seed(self.args.seed, **place, engine=engine))
+        if self._client and getattr(self.args, "vllm_server_seeded", False):
+            return self._client.drawing_from(rollout_seed(self.args.seed, **place, engine=0))
+        return nullcontext()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, from the newest whole checkpoint of `output_dir` where `resume_from_checkpoint` is True.

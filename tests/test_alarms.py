@@ -197,6 +197,11 @@ def by_parity(completions, **_):
 
 by_parity.calls = 0
 
+
+def short(completions, **_):
+    return [-len(str(text)) / 10 for text in completions]
+
+
 RUN = [
     *(sys.executable, "launch/grpo_math.py", "--eval_problems", "0", "--max_steps", "4", "--save_steps", "1"),
     *("--use_cpu", "true", "--per_device_train_batch_size", "16", "--alarm_patience", "2"),
@@ -227,6 +232,16 @@ def test_a_run_whose_completions_are_all_cut_says_so(tmp_path):
     last = [line for line in history(tmp_path, 4) if "loss" in line][-1]
     assert [name for name in ALARMS if last[f"alarms/{name}"] == 1] == expected
     assert last["alarms/on"] == 4
+
+
+@pytest.mark.slow
+def test_a_run_with_a_far_too_large_rate_says_what_it_does_to_the_policy(tmp_path):
+    engine = ["--vllm_dtype", "bfloat16", "--vllm_importance_sampling_correction", "true", "--alarm_gap_growth", 2]
+    rate = ["--learning_rate", 0.1, "--beta", 1e-3, "--max_steps", 12, "--alarm_entropy_frac", 0.3]
+    done = run(*engine, *rate, "--reward_funcs", "test_alarms.short", "--output_dir", tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    names = {name for name, _ in warned(done.stderr)}
+    assert {"rollout_gap_grows", "entropy_collapses", "kl_blows_up"} <= names
 
 
 @pytest.mark.slow

@@ -93,6 +93,7 @@ def test_async_grpo_trains_on_the_factored_sync(method, rollout_server, tmp_path
     assert reports[-1].payload_bytes < reports[-1].dense_bytes or method == "full"
     logged = [entry for entry in trainer.state.log_history if "reward" in entry]
     assert logged
+    assert all(entry["alarms/on"] == 0 for entry in logged), "its alarms watch by themselves"
     assert logged[0]["ratio"] == pytest.approx(1.0, abs=1e-4), "the first batch is sampled from the policy itself"
     changed = {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])}
     assert changed, "it must learn something"

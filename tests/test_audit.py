@@ -5,7 +5,16 @@ import itertools
 import pytest
 import torch
 
-from fura_rl.sync.audit import KernelAudit, KernelReply, complete_replies, probe_vectors, sample_spans, stale_modules
+from fura_rl.sync.audit import (
+    ROUNDINGS_PER_DRAW,
+    ROUNDINGS_PER_UPDATE,
+    KernelAudit,
+    KernelReply,
+    complete_replies,
+    probe_vectors,
+    sample_spans,
+    stale_modules,
+)
 
 
 class Matrices:
@@ -68,6 +77,33 @@ def test_updates_below_the_engines_rounding_add_up_until_they_can_be_seen(base):
         seen.append("layer" in gains)
     assert not seen[0]
     assert any(seen)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_a_fresh_layer_is_never_near_stale_however_small_an_update_is_audited(rounding):
+    """A long run audits millions of updates just above the smallest looked at, and ends at the first failure."""
+    gains = []
+    for seed in range(400):
+        torch.manual_seed(seed)
+        base = torch.randn(64, 48).to(torch.bfloat16).float()
+        update = torch.randn_like(base)
+        for size in itertools.count(1):  # up to the smallest that is audited
+            new = base + 1e-4 * size * update
+            if rounding == "nearest":
+                expected = held = new.to(torch.bfloat16).float()
+            else:
+                bits = new.view(torch.int32)
+                expected, held = new, ((bits + torch.randint_like(bits, 2**16)) & -(2**16)).view(torch.float32)
+            audit = KernelAudit()
+            roundings = ROUNDINGS_PER_UPDATE if rounding == "nearest" else ROUNDINGS_PER_DRAW
+            audit.expect("layer", expected, base, sample_spans((0, 64)), roundings)
+            if found := audit.gains(Matrices(torch.bfloat16, layer=held)):
+                break
+        assert audit.gains(Matrices(torch.bfloat16, layer=base))["layer"] < 0.25, "the old weight is still told"
+        gains += found.values()
+    deviation = torch.tensor(gains).std()
+    assert abs(1 - torch.tensor(gains).mean()) < 4 * deviation / len(gains) ** 0.5
+    assert 0.5 / deviation > 7, "so many standard deviations from STALE_BELOW"
 
 
 def test_a_layer_the_engine_does_not_have_is_left_out(base):

@@ -2,8 +2,11 @@
 
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from distributed_trainer import CASES, TOKENS, policy_of, served
 from peft import get_peft_model_state_dict
 from rollout_server import child_environment
 from safetensors.torch import load_file
+from test_resume import different, timeless
 
 from fura_rl.sync.http_transport import HttpTransport
 from fura_rl.sync.remote_engine import RemoteEngine
@@ -26,10 +30,15 @@ DEEPSPEED = {kind: f"configs/accelerate/{kind}.yaml" for kind in ("zero2", "zero
 NATS = 1e-5
 
 
+def launch_command(kind, *command):
+    config = {**LAUNCHERS, **DEEPSPEED, "single": "configs/accelerate/cpu.yaml"}[kind]
+    processes = "1" if kind == "single" else "2"
+    return [ACCELERATE, "launch", "--config_file", config, "--num_processes", processes, *map(str, command)]
+
+
 def launch(kind, *command, timeout=300):
-    options = ["--config_file", (LAUNCHERS | DEEPSPEED)[kind], "--num_processes", "2"]
     done = subprocess.run(
-        [ACCELERATE, "launch", *options, *map(str, command)],
+        launch_command(kind, *command),
         capture_output=True, text=True, timeout=timeout, cwd=REPOSITORY, env=child_environment(OMP_NUM_THREADS="1"),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
@@ -132,26 +141,107 @@ def test_a_trainer_under_deepspeed_brings_the_engine_along(kind, case, rollout_s
     assert here["non-finite"].startswith("PeerFailedError: process 1 of the trainer failed: FloatingPointError")
 
 
+STEPS = 4
+
+
+def grpo_command(kind, adapter, server, folder):
+    """A GRPO run of the same 32 rollouts a step in one process or two, every step of it saved."""
+    script = ["launch/grpo_math.py"] if kind != "fsdp2" else ["tests/fsdp2_on_cpu.py", "launch/grpo_math.py"]
+    return [
+        *script, "--config", "configs/quickstart.yaml", "--model_name_or_path", server.model, "--adapter", adapter,
+        "--vllm_mode", "server", "--vllm_server_base_url", server.url, "--vllm_server_seeded", "true",
+        "--lora_dropout", 0, "--use_cpu", "true", "--max_steps", STEPS, "--eval_problems", 0, "--output_dir", folder,
+        "--reward_funcs", "distributed_trainer.even_letters", "--save_steps", 1, "--sync_probe_every", 1,
+        "--per_device_train_batch_size", 32 if kind == "single" else 16,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def grpo_run(rollout_server, tmp_path_factory):
+    """The folder of an uninterrupted GRPO run."""
+    ran = {}
+
+    def get(kind, adapter):
+        if (kind, adapter) not in ran:
+            folder = tmp_path_factory.mktemp(f"{kind}-{adapter}") / "run"
+            launch(kind, *grpo_command(kind, adapter, rollout_server, folder))
+            ran[kind, adapter] = folder
+        return ran[kind, adapter]
+
+    return get
+
+
+def training_lines(folder):
+    state = json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+    return [entry for entry in state["log_history"] if "reward" in entry]
+
+
 @pytest.mark.parametrize("adapter", ["fura", "lora"])
 @pytest.mark.parametrize("kind", LAUNCHERS)
-def test_grpo_trains_in_two_processes_on_one_server(kind, adapter, rollout_server, tmp_path):
-    script = ["launch/grpo_math.py"] if kind == "ddp" else ["tests/fsdp2_on_cpu.py", "launch/grpo_math.py"]
-    server = ["--vllm_mode", "server", "--vllm_server_base_url", rollout_server.url]
-    launch(
-        kind, *script, "--config", "configs/quickstart.yaml", "--model_name_or_path", rollout_server.model, *server,
-        "--adapter", adapter, "--lora_dropout", 0, "--use_cpu", "true", "--max_steps", 3,
-        "--reward_funcs", "distributed_trainer.even_letters", "--vllm_importance_sampling_correction", "true",
-        "--save_steps", 3, "--eval_problems", 0, "--sync_probe_every", 1, "--output_dir", tmp_path,
-        "--per_device_train_batch_size", 16,
-    )  # fmt: skip
-    state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
-    steps = [entry for entry in state["log_history"] if "reward" in entry]
-    assert [entry["step"] for entry in steps] == [1, 2, 3]
+def test_grpo_trains_in_two_processes_on_one_server(kind, adapter, grpo_run, rollout_server):
+    folder = grpo_run(kind, adapter)
+    steps = training_lines(folder)
+    assert [entry["step"] for entry in steps] == [*range(1, STEPS + 1)]
     assert all(entry["grad_norm"] > 0 for entry in steps), "it must learn something"
-    assert all(entry["sync/probe_max_gap"] < NATS for entry in steps)
-    assert all(entry["sampling/sampling_logp_difference/max"] < 1e-4 for entry in steps), "rollouts are the policy's"
-    saved = load_file(tmp_path / "checkpoint-3" / "adapter_model.safetensors")
+    assert all(entry["sync/probe_max_gap"] < NATS for entry in steps), "the server must serve what is trained"
+    saved = load_file(folder / f"checkpoint-{STEPS}" / "adapter_model.safetensors")
     expected = get_peft_model_state_dict(policy_of(adapter, rollout_server.model))
     assert {n: t.shape for n, t in saved.items()} == {n: t.shape for n, t in expected.items()}, (
         "the checkpoint is whole"
     )
+
+
+@pytest.mark.parametrize("kind", LAUNCHERS)
+def test_two_processes_reach_what_one_reaches(kind, grpo_run):
+    """The same global batch, so the same rollouts, losses and weights, to float32 rounding."""
+    single, sharded = (grpo_run(which, "fura") for which in ("single", kind))
+    for one, two in zip(training_lines(single), training_lines(sharded), strict=True):
+        for name in ("reward", "completions/mean_length", "entropy"):
+            assert two[name] == pytest.approx(one[name], rel=1e-5), (name, one["step"])
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-6)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+    before, one, two = (
+        load_file(folder / f"checkpoint-{step}" / "adapter_model.safetensors")
+        for folder, step in ((single, STEPS - 1), (single, STEPS), (sharded, STEPS))
+    )
+    trained = [name for name in one if "delta" in name]
+    assert min(float((one[name] - before[name]).abs().max()) for name in trained) > 3e-4, "the last step moved them all"
+    assert max(float((one[name] - two[name]).abs().max()) for name in trained) < 5e-7
+
+
+@pytest.mark.parametrize("kind", LAUNCHERS)
+def test_a_killed_run_of_two_processes_goes_on_to_the_same_bits(kind, grpo_run, rollout_server, tmp_path):
+    """SIGKILL to all of its processes, the same command again."""
+    folder = tmp_path / "run"
+    command = launch_command(kind, *grpo_command(kind, "fura", rollout_server, folder))
+    with open(tmp_path / "log.txt", "w") as log:
+        run = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=log,
+            cwd=REPOSITORY,
+            env=child_environment(OMP_NUM_THREADS="1"),
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + 300
+    while not (folder / "checkpoint-2").exists():
+        assert run.poll() is None, (tmp_path / "log.txt").read_text()[-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    assert not (folder / f"checkpoint-{STEPS}").exists()
+    launch(kind, *grpo_command(kind, "fura", rollout_server, folder))
+    assert different(outcome(grpo_run(kind, "fura")), outcome(folder)) == []
+
+
+def outcome(folder):
+    """What must be the same in every bit; the optimizer's file has a name of its own under FSDP."""
+    last = folder / f"checkpoint-{STEPS}"
+    [optimizer] = last.glob("optimizer*")
+    return {
+        "policy": load_file(last / "adapter_model.safetensors"),
+        "optimizer": torch.load(optimizer, weights_only=True),
+        "scheduler": torch.load(last / "scheduler.pt", weights_only=True),
+        "history": [timeless(entry) for entry in training_lines(folder)],
+    }

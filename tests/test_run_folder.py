@@ -180,6 +180,7 @@ def test_a_resumed_run_leaves_one_whole_folder(tmp_path):
     run = [
         *(sys.executable, "launch/grpo_math.py", "--eval_problems", "0", "--save_steps", "2", "--use_cpu", "true"),
         *("--per_device_train_batch_size", "16", "--log_completions", "true", "--output_dir", str(tmp_path)),
+        *("--report_to", "tensorboard"),
     ]
     environment = child_environment(FURA_ROLLOUT_TOKEN=SECRET, HF_TOKEN=SECRET)
     for steps in (
@@ -195,6 +196,8 @@ def test_a_resumed_run_leaves_one_whole_folder(tmp_path):
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
     assert all(f"alarms/{name}" in line for name in ALARMS for line in lines if "loss" in line)
     assert [line["step"] for line in lines if "train_runtime" in line] == [4]
+    assert steps_of_tensorboard(tmp_path / "runs", "train/sync/version") == {1, 2, 3, 4}
+    assert steps_of_tensorboard(tmp_path / "runs", "train/alarms/on") == {1, 2, 3, 4}
     tables = sorted((tmp_path / "completions").glob("*.parquet"))
     assert [path.stem for path in tables] == [f"completions_{step:05d}" for step in (1, 2, 3, 4)]
     table = pandas.read_parquet(tables[-1])
@@ -204,3 +207,11 @@ def test_a_resumed_run_leaves_one_whole_folder(tmp_path):
     names = {path.name for path in files if path.parent == tmp_path}
     assert {"resolved_config.yaml", "environment.json", FILE, "reward_curve.png", "adapter_model.safetensors"} <= names
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+
+
+def steps_of_tensorboard(folder, tag):
+    """The steps at which `tag` was written, over all event files; a resumed run has one of its own."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = [EventAccumulator(str(file)).Reload() for file in folder.rglob("events.*")]
+    return {event.step for events in found if tag in events.Tags()["scalars"] for event in events.Scalars(tag)}

@@ -91,6 +91,19 @@ def test_a_server_killed_while_it_generates_gives_a_whole_batch_of_one_version(t
     assert not [process for process in family if process.is_running()], "an orphan is left"
 
 
+def test_seeded_rollouts_do_not_depend_on_what_the_server_has_drawn_before(trainer):
+    _, _, client = trainer
+
+    def rollouts(seed):
+        with client.drawing_from(seed):
+            return client.generate([PROMPTS[0]] * 2, **SAMPLING)["completion_ids"]
+
+    first = rollouts(7)
+    client.generate(PROMPTS, **SAMPLING)
+    assert rollouts(7) == first != rollouts(8)
+    assert len({tuple(completion) for completion in first}) == 8, "each completion of each prompt has draws of its own"
+
+
 def requests_are_running(server):
     import requests
 

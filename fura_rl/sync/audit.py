@@ -20,13 +20,16 @@ import torch
 
 from fura_rl.sync.factors import Span
 
-VECTORS = 4  # vectors through every kernel; entries are +1 and -1, which every dtype holds exactly
+VECTORS = 8  # vectors through every kernel; entries are +1 and -1, which every dtype holds exactly
 SAMPLED_SPANS, SPAN_ROWS = 16, 8  # output features looked at: this many stretches of so many, spread over all
 STALE_BELOW = 0.5
 LOST_ABOVE = 2.0  # a kernel that moves by more than twice its update holds something else altogether
 # An update smaller than this, relative to the weight, is left to add up until it stands out of the reply's rounding:
-# the gain's standard deviation is then at most about a tenth.  The floor is float32's accumulation over long rows.
-ROUNDINGS_PER_UPDATE = 2.0
+# the gain's standard deviation is then about 0.06, so that a fresh layer is 8 of them away from STALE_BELOW.  A long
+# run makes millions of audits, many of them just above this, and ends at the first that fails.  A stochastic draw adds
+# the weights' own rounding to the reply's.  The floor is float32's accumulation over long rows.
+ROUNDINGS_PER_UPDATE = 4.0
+ROUNDINGS_PER_DRAW = 6.0
 SMALLEST_UPDATE = 1e-5
 
 
@@ -66,15 +69,23 @@ class KernelAudit:
     _spans: dict[str, list[Span]] = field(default_factory=dict)
     _roundings: dict[str, float] = field(default_factory=dict)
 
-    def expect(self, name: str, delivered: torch.Tensor, base: torch.Tensor | None, spans: list[Span]) -> None:
+    def expect(
+        self,
+        name: str,
+        delivered: torch.Tensor,
+        base: torch.Tensor | None,
+        spans: list[Span],
+        roundings: float = ROUNDINGS_PER_UPDATE,
+    ) -> None:
         """Note what the kernel of weight `name` must compute once it holds `delivered`.
 
         `delivered` (features, in) and `base`, the weight that the engine started from, are given at the output
         features `spans`.  `base` is needed the first time; without it the first sync of a layer cannot be audited.
+        `roundings` as in `expect_reply`.
         """
         x = probe_vectors(delivered.shape[1], delivered.device)
         base_reply = None if base is None else product(base.to(delivered.dtype), x)
-        self.expect_reply(name, product(delivered, x), base_reply, spans)
+        self.expect_reply(name, product(delivered, x), base_reply, spans, roundings)
 
     def expect_reply(
         self,

@@ -21,7 +21,7 @@ from fura_rl.sync.factors import Span
 from fura_rl.sync.fold import CheckpointWeight, pristine_weight
 from fura_rl.sync.sharding import is_piece
 
-ROUNDINGS = 6.0  # see audit.ROUNDINGS_PER_UPDATE: a 16-bit kernel rounds gate and up, their product, and the output
+ROUNDINGS = 12.0  # see audit.ROUNDINGS_PER_UPDATE: a 16-bit kernel rounds gate and up, their product, and the output
 
 
 @dataclass(frozen=True)

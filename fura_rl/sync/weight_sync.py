@@ -14,7 +14,7 @@ from torch import nn
 
 from fura_rl.adapters.quantized import keep_layout
 from fura_rl.sync import expert_audit, probe
-from fura_rl.sync.audit import KernelAudit, sample_spans, stale_modules
+from fura_rl.sync.audit import ROUNDINGS_PER_DRAW, KernelAudit, sample_spans, stale_modules
 from fura_rl.sync.engine import LazyFactors, Push, RolloutEngine, Update, rounding_generator
 from fura_rl.sync.expert_audit import expert_layers
 from fura_rl.sync.factors import Factors, Read, Span, fold_rows, fold_slice
@@ -352,7 +352,8 @@ class UpdateWatch:
         if self._audit is not None and (rounding_seed is None or not rounds):
             self._audit.expect(weight.name, delivered, base, spans)
         elif self._audit is not None:  # the engine's draw of each weight is not repeated row by row
-            self._audit.expect(weight.name, exact if base is not None else delivered.float(), base, spans)
+            expected = exact if base is not None else delivered.float()
+            self._audit.expect(weight.name, expected, base, spans, ROUNDINGS_PER_DRAW)
         self.seconds += time.perf_counter() - started
 
 
