@@ -255,6 +255,7 @@ class FuraGRPOTrainer(GRPOTrainer):
         self.accelerator.wait_for_everyone()
         if not resume_from_checkpoint:
             return super().train(None, *args, **kwargs)
+        know_indexed_cpu()
         folder = checkpoint.whole(Path(self.args.output_dir), resume_from_checkpoint)
         state = TrainerState.load_from_json(str(folder / checkpoint.STATE))
         if not 0 < self.args.max_steps <= state.global_step:
@@ -527,6 +528,14 @@ def restore_progress(trainer: FuraGRPOTrainer, folder: Path) -> None:
     if trainer.use_vllm:
         trainer.weight_sync.version = state["sync_version"]
         trainer._last_loaded_step = -1
+
+
+def know_indexed_cpu() -> None:
+    """Let `torch.load` map to "cpu:0": accelerate 1.15 calls the device of one of several processes on CPU so, and
+    transformers loads the optimizer's state there."""
+    torch.serialization.register_package(
+        15, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
+    )
 
 
 class OrderOfEpoch(TrainerCallback):

@@ -22,7 +22,7 @@ from fura_rl.sync import probe
 from fura_rl.sync.engine import Update
 from fura_rl.sync.factors import Factors
 from fura_rl.sync.http_transport import HttpTransport
-from fura_rl.sync.remote_engine import EngineLostError, RemoteEngine, RemoteSyncError
+from fura_rl.sync.remote_engine import EngineLostError, OwnedByAnotherError, RemoteEngine, RemoteSyncError
 from fura_rl.sync.weight_sync import WeightSync
 
 pytestmark = pytest.mark.slow
@@ -184,6 +184,13 @@ def test_a_payload_with_a_nan_is_refused_and_touches_nothing(trainer):
     assert sync.sync().probe_max_gap < PARITY_NATS
 
 
+def test_a_second_trainer_is_refused_while_the_first_lives(trainer, rollout_server):
+    transport = HttpTransport(rollout_server.url)
+    transport.lease_seconds = 2.0  # how long it waits for the first
+    with pytest.raises(OwnedByAnotherError, match=r"belongs to trainer .* whose lease runs for another \d+ s"):
+        WeightSync(policy_of("lora", rollout_server.model), RemoteEngine(transport), TOKENS)
+
+
 def test_a_trainer_killed_between_stage_and_commit_leaves_a_server_that_the_next_one_claims(rollout_server):
     child = subprocess.run(
         [sys.executable, "-c", KILLED_TRAINER, rollout_server.url, str(rollout_server.model)],
@@ -192,16 +199,9 @@ def test_a_trainer_killed_between_stage_and_commit_leaves_a_server_that_the_next
     assert child.returncode == -signal.SIGKILL, child.stderr[-3000:]
     policy = policy_of("lora", rollout_server.model)
     engine = RemoteEngine(HttpTransport(rollout_server.url))
-    with pytest.raises(RemoteSyncError, match=r"belongs to trainer .* whose lease runs for another \d+ s"):
-        WeightSync(policy, engine, TOKENS)
-    deadline = time.monotonic() + KILLED_TRAINERS_LEASE + 5
-    while True:
-        try:
-            sync = WeightSync(policy, engine, TOKENS)
-            break
-        except RemoteSyncError:
-            assert time.monotonic() < deadline, "the lease must end"
-            time.sleep(0.5)
+    started = time.monotonic()
+    sync = WeightSync(policy, engine, TOKENS)  # waits for the dead trainer's lease
+    assert 0.4 < time.monotonic() - started < KILLED_TRAINERS_LEASE + 5
     assert sync.sync().probe_max_gap < PARITY_NATS
     engine.close()
 

@@ -37,6 +37,10 @@ class RemoteSyncError(RuntimeError):
     """An engine refused an update, or its workers disagree."""
 
 
+class OwnedByAnotherError(RemoteSyncError):
+    """The engine belongs to another trainer, whose lease runs."""
+
+
 class EngineLostError(RuntimeError):
     """The engine was restarted or cannot be reached; it can be claimed and synced again."""
 
@@ -101,8 +105,12 @@ class RemoteEngine:
     def prepare(self, tensors: Mapping[str, tuple[int, ...]], base_samples: Mapping[str, Sample]) -> None:
         """Claim the engine for this trainer and check its base.
 
+        The lease of a trainer that was killed is waited for, so that a run can be started again at once; one that
+        lives renews it meanwhile.
+
         Raises:
-            RemoteSyncError: where another trainer holds it, or its base weights are not the trainer's.
+            OwnedByAnotherError: where another trainer holds it.
+            RemoteSyncError: where its base weights are not the trainer's.
         """
         self._claim = {
             "owner": self.owner,
@@ -110,7 +118,20 @@ class RemoteEngine:
             "tensors": {name: list(shape) for name, shape in tensors.items()},
             "base_samples": dict(base_samples),
         }
-        self.claim()
+        lease = self.transport.lease_seconds
+        deadline = time.monotonic() + (lease if lease < float("inf") else 0.0)
+        waiting = False
+        while True:
+            try:
+                self.claim()
+                return
+            except OwnedByAnotherError as error:
+                if time.monotonic() > deadline:
+                    raise
+                if not waiting:
+                    logger.warning("%s; waiting %.0f s, in case that trainer was killed", error, lease)
+                waiting = True
+                time.sleep(0.5)
 
     def claim(self) -> None:
         """Claim again what `prepare` has claimed: for an engine that was restarted."""
@@ -249,7 +270,8 @@ class RemoteEngine:
         if failed := [reply for reply in replies if reply["error"]]:
             if self._pids and [reply["pid"] for reply in replies] != self._pids:
                 raise EngineLostError(f"{self.transport.address} was restarted: {failed[0]['error']}")
-            raise RemoteSyncError(f"{self.transport.address}: {failed[0]['error']}")
+            owned = failed[0].get("kind") == "OwnershipError"
+            raise (OwnedByAnotherError if owned else RemoteSyncError)(f"{self.transport.address}: {failed[0]['error']}")
         return replies
 
 
