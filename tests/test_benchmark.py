@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from fura_rl.benchmark import BENCHMARKS, SHARES, measure
+from fura_rl.benchmark import BENCHMARKS, SHARES, measure, soak
 from fura_rl.benchmark.budget import Budget
 from fura_rl.benchmark.convert import decoder_layer
 from fura_rl.benchmark.models import projection_shapes
@@ -101,3 +101,27 @@ def test_the_report_needs_only_the_packages_it_names(tmp_path):
     assert "quantize: skipped" in done.stdout
     assert "sync: skipped, vllm is not installed" in done.stdout
     assert len(saved["machine"]["skipped"]) == 2
+
+
+def soak_of(memory, seconds):
+    """A run of 2,000 steps whose memory and step time are functions of the step."""
+    samples = [soak.Sample(step, "trainer", memory(step), handles=70, threads=40) for step in range(0, 2000, 2)]
+    return {row["what"]: row for row in soak.rows(samples, {step: seconds(step) for step in range(2, 2001)}, 2000)}
+
+
+def test_a_soak_tells_what_grows_after_its_warm_up():
+    flat = soak_of(lambda step: 500 + 10 * min(step, 150), lambda step: 1.0)
+    assert flat["trainer: memory, MB"]["growth"] == flat["step, s"]["growth"] == "+0.0%"
+    growing = soak_of(lambda step: 1000 + step / 10, lambda step: 1 + step / 1000)
+    assert growing["trainer: memory, MB"]["growth"] == "+15.5%"
+    assert growing["step, s"]["growth"] == "+123.0%"
+    assert growing["trainer: open files"]["growth"] == "+0.0%"
+
+
+def test_the_step_of_a_soak_is_that_of_the_last_whole_line(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    assert soak.last_step(file) == 0
+    file.write_text('{"ste')
+    assert soak.last_step(file) == 0
+    file.write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert soak.last_step(file) == 2

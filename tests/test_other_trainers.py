@@ -115,3 +115,18 @@ def test_every_benchmark_runs_on_tiny_shapes(tmp_path):
     assert (tmp_path / "layer.png").stat().st_size > 10_000
     saved = {row["layer"]: row["saved_mb"] for row in results["layer"] if row["shape"] == "64->128"}
     assert saved["frozen"] == 0 < saved["fura"] < saved["paper"]
+
+
+def test_a_short_soak_sees_its_run(tmp_path):
+    import json
+    import sys
+
+    from conftest import REPOSITORY
+
+    command = [sys.executable, str(REPOSITORY / "launch" / "benchmark.py"), "soak", "--device", "cpu"]
+    run([*command, "--steps", "4", "--out", str(tmp_path)])
+    rows = {row["what"]: row for row in json.loads((tmp_path / "benchmark.json").read_text())["results"]["soak"]}
+    assert rows["trainer: memory, MB"]["most"] > 500
+    assert rows["trainer: open files"]["most"] > 10
+    assert rows["step, s"]["most"] > 0
+    assert (tmp_path / "soak" / "soak.png").stat().st_size > 10_000

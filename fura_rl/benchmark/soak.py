@@ -107,7 +107,7 @@ def last_step(metrics: Path) -> int:
     with open(metrics, "rb") as file:
         file.seek(max(0, metrics.stat().st_size - TAIL))
         steps = [metrics_file.step_of(line.decode(errors="replace")) for line in file.readlines()]
-    return max(steps, default=0)
+    return max([0, *steps])
 
 
 def step_times(metrics: Path) -> dict[int, float]:
