@@ -197,7 +197,9 @@ def test_rollouts_are_a_function_of_seed_and_place_and_leave_the_trainers_draws_
         place = SimpleNamespace(
             state=SimpleNamespace(global_step=step), model=SimpleNamespace(training=True), _rollouts_at=(-1, True, 0),
             accelerator=SimpleNamespace(process_index=0), args=SimpleNamespace(seed=seed, vllm_tensor_parallel_size=1),
+            vllm_generation=SimpleNamespace(mode="colocate"),
         )  # fmt: skip
+        place._draws = functools.partial(FuraGRPOTrainer._draws, place)
         generate = FuraGRPOTrainer._seeded(place, lambda: torch.rand(8).tolist())
         return [generate() for _ in range(calls)]
 
