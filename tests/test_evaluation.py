@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import re
 
 import datasets
 import pytest
@@ -360,3 +361,11 @@ def test_the_script_refuses_bad_input_with_one_line_before_an_engine_starts(
     assert "fingerprint mismatch" in error("--model", adapter, "--base_model", "quickstart")
     assert "is no folder of an evaluation" in error("--compare", tmp_path, tmp_path) or True
     assert "--rerun needs a folder" in error("--rerun", tmp_path)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_of_the_hub_is_one_commit_of_it(name):
+    benchmark = BENCHMARKS[name]
+    if "/" in benchmark.dataset_name:
+        assert re.fullmatch(r"[0-9a-f]{40}", benchmark.revision), "main may change under the figures"
+        assert benchmark.size

@@ -4,6 +4,7 @@ from fura_rl.evaluation.benchmarks.benchmark import AVG_AT_8, AVG_CONVENTION, Be
 
 BENCHMARK = Benchmark(
     dataset_name="HuggingFaceH4/aime_2024",
+    revision="2fe88a2f1091d5048c0f36abc874fb997b3dd99a",
     split="train",
     prompt_column="problem",
     answer_column="answer",

@@ -4,6 +4,7 @@ from fura_rl.evaluation.benchmarks.benchmark import AVG_AT_8, AVG_CONVENTION, Be
 
 BENCHMARK = Benchmark(
     dataset_name="math-ai/aime25",
+    revision="563bb8404243c5f09de6ec262f2db674fe5bce9b",
     prompt_column="problem",
     answer_column="answer",
     size=30,

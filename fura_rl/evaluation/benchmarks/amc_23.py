@@ -4,6 +4,7 @@ from fura_rl.evaluation.benchmarks.benchmark import GREEDY_CONVENTION, GREEDY_ON
 
 BENCHMARK = Benchmark(
     dataset_name="math-ai/amc23",
+    revision="80815d37005feb82cd7f8fbc6901d5d3eff43057",
     prompt_column="question",
     answer_column="answer",
     size=40,

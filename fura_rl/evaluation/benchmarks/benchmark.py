@@ -13,7 +13,7 @@ class Benchmark:
     """A set of problems with golds, and how the papers score it.
 
     Args:
-        dataset_name, dataset_config, revision, split: where the problems are.
+        dataset_name, dataset_config, revision, split: where the problems are; of the hub a commit, not a branch.
         prompt_column, answer_column: the fields; found as in training where they are None.
         group_columns: fields by which scores are given apart as well, e.g. level and subject.
         prompt_template: text with {problem} in it; None is the training prompt.

@@ -4,6 +4,7 @@ from fura_rl.evaluation.benchmarks.benchmark import GREEDY_ONLY, Benchmark
 
 BENCHMARK = Benchmark(
     dataset_name="openai/gsm8k",
+    revision="740312add88f781978c0658806c59bc2815b9866",
     dataset_config="main",
     prompt_column="question",
     answer_column="answer",

@@ -4,6 +4,7 @@ from fura_rl.evaluation.benchmarks.benchmark import GREEDY_CONVENTION, GREEDY_ON
 
 BENCHMARK = Benchmark(
     dataset_name="HuggingFaceH4/MATH-500",
+    revision="6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be",
     prompt_column="problem",
     answer_column="answer",
     group_columns=("level", "subject"),

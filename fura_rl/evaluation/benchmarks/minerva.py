@@ -4,6 +4,7 @@ from fura_rl.evaluation.benchmarks.benchmark import GREEDY_CONVENTION, GREEDY_ON
 
 BENCHMARK = Benchmark(
     dataset_name="math-ai/minervamath",
+    revision="ee46ddc498933b1977577953250ca5c66be64f96",
     prompt_column="question",
     answer_column="answer",
     size=272,

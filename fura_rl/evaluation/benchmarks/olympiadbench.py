@@ -4,6 +4,7 @@ from fura_rl.evaluation.benchmarks.benchmark import GREEDY_ONLY, Benchmark
 
 BENCHMARK = Benchmark(
     dataset_name="Hothan/OlympiadBench",
+    revision="91184b52131e7fc9455fef848035173aea8cc01a",
     dataset_config="OE_TO_maths_en_COMP",
     split="train",
     prompt_column="question",
