@@ -17,8 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from fura_rl import metrics_file
 from fura_rl.benchmark.measure import Settings
 
@@ -82,6 +80,8 @@ def watch(process: subprocess.Popen, metrics: Path, steps: int) -> Iterator[Samp
 
 
 def look(pid: int, step: int) -> list[Sample]:
+    import psutil
+
     found: dict[str, list[tuple[float, int, int]]] = {}
     try:
         root = psutil.Process(pid)
