@@ -127,7 +127,7 @@ def rows(samples: list[Sample], times: dict[int, float], steps: int) -> list[dic
         start, end = (statistics.median(part) if part else float("nan") for part in (early, late))
         return {
             "what": what, f"after step {warm_up}": start, f"last {window} steps": end,
-            "growth": f"{end / start - 1:+.1%}", "most": max((level for step, level in levels if step), default=0.0),
+            "growth": f"{end / start - 1:+.1%}", "most": max((level for _, level in levels), default=0.0),
         }  # fmt: skip
 
     table = []
