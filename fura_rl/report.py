@@ -135,6 +135,11 @@ def print_summary(summary: RunSummary) -> None:
     console.print(phases)
 
 
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """At each value the mean of it and of those before it, `window` in all where there are as many."""
+    return [sum(values[max(0, i - window) : i]) / min(window, i) for i in range(1, len(values) + 1)]
+
+
 def plot_rewards(path: Path, rewards: Sequence[float], summary: RunSummary) -> None:
     """The reward curve as a PNG: every step, their running mean, and held-out greedy accuracy at both ends."""
     import matplotlib as mpl
@@ -144,7 +149,7 @@ def plot_rewards(path: Path, rewards: Sequence[float], summary: RunSummary) -> N
 
     steps = range(1, len(rewards) + 1)
     window = max(1, len(rewards) // 20)
-    smooth = [sum(rewards[max(0, i - window) : i]) / min(window, i) for i in steps]
+    smooth = running_mean(rewards, window)
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(steps, rewards, color="0.75", linewidth=1, label="mean reward of a step")
     axes.plot(steps, smooth, color="C0", linewidth=2, label=f"running mean of {window}")

@@ -19,7 +19,7 @@ from typing import Any
 
 from fura_rl.ablation.results import Interval, Line, Results, Spread
 from fura_rl.ablation.spec import Spec
-from fura_rl.report import write_json
+from fura_rl.report import running_mean, write_json
 
 NOTES = (
     "Every entry has the same prompts in the same order, the same rollout seeds and the same number of steps. The "
@@ -303,17 +303,12 @@ def plot_band(axes: Any, line: Line, index: int, steps: Sequence[int], seeds: Se
     axes.fill_between(steps, low, high, color=look(index)["color"], alpha=0.15)
 
 
-def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """The mean of each `window` values in a row."""
-    return [statistics.fmean(values[i : i + window]) for i in range(len(values) - window + 1)]
-
-
 def plot_rewards(axes: Any, lines: Sequence[Line]) -> None:
     """Running mean of the reward: its prompts differ from step to step, the same for every entry."""
     for index, line in enumerate(lines):
         count = min(map(len, line.rewards))
         window = max(1, count // 8)
-        smooth = [running_mean(rewards[:count], window) for rewards in line.rewards]
+        smooth = [running_mean(rewards[:count], window)[window - 1 :] for rewards in line.rewards]
         plot_band(axes, line, index, range(window, count + 1), smooth)
     axes.set(xlabel="GRPO step", ylabel="mean reward, running mean")
     axes.legend(frameon=False, fontsize="small", loc="lower right")

@@ -42,8 +42,8 @@ def write(out: Path, results: dict[str, list[dict[str, Any]]], machine: dict[str
     return files
 
 
-def plot_layer(path: Path, rows: list[dict[str, Any]], machine: dict[str, Any]) -> list[Path]:
-    """Forward and backward against tokens, relative to the frozen layer, one panel per shape."""
+def pyplot_or_none() -> Any:
+    """matplotlib's pyplot, drawing to files; None, with a line, where matplotlib is not installed."""
     try:
         import matplotlib
 
@@ -51,6 +51,14 @@ def plot_layer(path: Path, rows: list[dict[str, Any]], machine: dict[str, Any]) 
         from matplotlib import pyplot
     except ImportError:
         print("no plot: matplotlib is not installed")
+        return None
+    return pyplot
+
+
+def plot_layer(path: Path, rows: list[dict[str, Any]], machine: dict[str, Any]) -> list[Path]:
+    """Forward and backward against tokens, relative to the frozen layer, one panel per shape."""
+    pyplot = pyplot_or_none()
+    if pyplot is None:
         return []
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     figure, axes = pyplot.subplots(1, len(shapes), figsize=(4.2 * len(shapes), 3.6), squeeze=False, sharey=True)

@@ -19,6 +19,7 @@ from typing import Any
 
 from fura_rl import metrics_file
 from fura_rl.benchmark.measure import Settings
+from fura_rl.benchmark.report import pyplot_or_none
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 INTERVAL = 2.0  # seconds
@@ -141,13 +142,8 @@ def rows(samples: list[Sample], times: dict[int, float], steps: int) -> list[dic
 
 def plot(path: Path, samples: list[Sample], times: dict[int, float]) -> None:
     """Memory, open files and step time against the step."""
-    try:
-        import matplotlib as mpl
-
-        mpl.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        print("no plot: matplotlib is not installed")
+    pyplot = pyplot_or_none()
+    if pyplot is None:
         return
     figure, axes = pyplot.subplots(3, 1, figsize=(7, 6), layout="constrained", sharex=True)
     for role in dict.fromkeys(sample.role for sample in samples):

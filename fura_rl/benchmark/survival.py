@@ -20,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fura_rl.benchmark.measure import Settings
+from fura_rl.benchmark.report import pyplot_or_none
 from fura_rl.quickstart import BASE_MODEL
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
@@ -118,13 +119,8 @@ def summary(arm: str, runs: list[dict[str, float]]) -> dict[str, Any]:
 
 def plot(path: Path, finished: dict[str, list[dict[str, float]]], steps: int) -> None:
     """One panel per question: what survives, how far engine and trainer are apart, what is learnt."""
-    try:
-        import matplotlib as mpl
-
-        mpl.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        print("no plot: matplotlib is not installed")
+    pyplot = pyplot_or_none()
+    if pyplot is None:
         return
     shown = ("update_cosine_first", "logp_gap_mean", "greedy")
     figure, axes = pyplot.subplots(1, len(shown), figsize=(4 * len(shown), 3.4), layout="constrained")

@@ -16,12 +16,12 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from torch.func import functional_call
 
-from fura_rl.sync.audit import VECTORS, probe_vectors, sample_spans, tokens_of_experts
+from fura_rl.sync.audit import ROUNDINGS_PER_UPDATE, VECTORS, probe_vectors, sample_spans, tokens_of_experts
 from fura_rl.sync.factors import Span
 from fura_rl.sync.fold import CheckpointWeight, pristine_weight
 from fura_rl.sync.sharding import is_piece
 
-ROUNDINGS = 12.0  # see audit.ROUNDINGS_PER_UPDATE: a 16-bit kernel rounds gate and up, their product, and the output
+ROUNDINGS = 3 * ROUNDINGS_PER_UPDATE  # a 16-bit kernel rounds gate and up, their product, and the output
 
 
 @dataclass(frozen=True)

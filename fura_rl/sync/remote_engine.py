@@ -120,17 +120,15 @@ class RemoteEngine:
         }
         lease = self.transport.lease_seconds
         deadline = time.monotonic() + (lease if lease < float("inf") else 0.0)
-        waiting = False
-        while True:
+        for attempt in itertools.count():
             try:
                 self.claim()
                 return
             except OwnedByAnotherError as error:
                 if time.monotonic() > deadline:
                     raise
-                if not waiting:
+                if attempt == 0:
                     logger.warning("%s; waiting %.0f s, in case that trainer was killed", error, lease)
-                waiting = True
                 time.sleep(0.5)
 
     def claim(self) -> None:
