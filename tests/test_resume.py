@@ -1,11 +1,12 @@
 """A run that is killed and started again by the same command is the run that was never killed, bit for bit.
 
-FURA_KILLS=10 python -m pytest tests/test_resume.py -k random_moments     ten kills instead of CI's three
+FURA_KILLS=10 python -m pytest -m slow tests/test_resume.py -k random_moments     ten kills of every kind of run
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -24,7 +25,7 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("FURA_KILLS", "3"))
+KILLS = os.environ.get("FURA_KILLS")
 STEPS = 12
 PATIENCE = 300  # seconds until a run must have come up
 
@@ -38,6 +39,18 @@ SETTINGS = [
     *("--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "2", "--logging_steps", "2"),
     *("--log_completions", "true", "--num_completions_to_print", "1"),
 ]
+
+KINDS = {
+    "fura": [],
+    # every other state that a run may have: a large core in 4 bits, rounding drawn at random, an engine of 16 bits
+    "quantized core, stochastic rounding": [
+        *("--adapter", "qfura", "--vllm_dtype", "bfloat16", "--fold_rounding", "stochastic"),
+    ],
+    "lora": ["--adapter", "lora", "--lora_r", "4"],
+    "sparse optimizer": ["--adapter", "lift", "--adapter_kwargs", '{"rank": 4, "filter_rank": 8, "refresh_steps": 5}'],
+    "all weights": ["--adapter", "full", "--learning_rate", "5e-4"],
+}
+KILLS_IN_CI = {"fura": 3, "quantized core, stochastic rounding": 1}
 
 
 def command(folder: Path, *more: str) -> list[str]:
@@ -125,7 +138,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     last = folder / f"checkpoint-{STEPS}"
     state = json.loads((last / "trainer_state.json").read_text())
     return {
-        "policy": load_file(folder / "adapter_model.safetensors"),
+        "policy": load_file(next(folder.glob("*model.safetensors"))),
         "optimizer": torch.load(last / "optimizer.pt", weights_only=True),
         "scheduler": torch.load(last / "scheduler.pt", weights_only=True),
         "generators": torch.load(last / "rng_state.pth", weights_only=False),
@@ -153,21 +166,29 @@ def different(a: Any, b: Any, path: str = "") -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(server, tmp_path_factory) -> tuple[dict[str, Any], tuple[float, float]]:
-    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    seconds = Launched(server, folder).finish()
-    return outcome(folder), seconds
+def uninterrupted(server, tmp_path_factory) -> Callable[[str], tuple[dict[str, Any], tuple[float, float]]]:
+    """kind of run -> its outcome, and the seconds that its parts take; run once."""
+
+    @functools.cache
+    def run(kind: str) -> tuple[dict[str, Any], tuple[float, float]]:
+        folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+        seconds = Launched(server, folder, *KINDS[kind]).finish()
+        return outcome(folder), seconds
+
+    return run
 
 
-def test_a_run_killed_at_random_moments_is_the_run_that_was_not(server, uninterrupted, tmp_path):
+@pytest.mark.parametrize("kind", KINDS if KILLS else KILLS_IN_CI)
+def test_a_run_killed_at_random_moments_is_the_run_that_was_not(kind, server, uninterrupted, tmp_path):
     """One kill in three falls into the first generation of a start, the others between its first save and its end."""
-    expected, (first_step, other_steps) = uninterrupted
+    wanted = int(KILLS or KILLS_IN_CI[kind])
+    expected, (first_step, other_steps) = uninterrupted(kind)
     moments = random.Random(os.environ.get("FURA_KILL_SEED", "0"))
     folder = tmp_path / "run"
     kills, told = 0, []
-    while kills < KILLS:
-        run, early = Launched(server, folder), kills % 3 == 2
-        moment = moments.uniform(0, first_step if early else other_steps * min(1, 2 / KILLS))
+    while kills < wanted:
+        run, early = Launched(server, folder, *KINDS[kind]), kills % 3 == 2
+        moment = moments.uniform(0, first_step if early else other_steps * min(1, 2 / wanted))
         if not run.kill_after(moment, run.ready.exists if early else run.has_saved):
             assert different(expected, outcome(folder)) == [], told
             shutil.rmtree(folder)  # it came to its end: start over
@@ -175,7 +196,7 @@ def test_a_run_killed_at_random_moments_is_the_run_that_was_not(server, uninterr
         kills += 1
         told.append((round(moment, 2), sorted(path.name for path in folder.glob("*checkpoint*"))))
     print(told)
-    Launched(server, folder).finish()
+    Launched(server, folder, *KINDS[kind]).finish()
     assert different(expected, outcome(folder)) == [], told
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-11", f"checkpoint-{STEPS}"]
     assert not (folder / "_unfinished").exists()
@@ -200,6 +221,6 @@ def test_a_disk_that_fills_up_stops_the_run_with_one_message_and_loses_nothing(s
         assert "the same command goes on" in run.said()
         (disk / "filler").unlink()
         Launched(server, disk / "run").finish()
-        assert different(uninterrupted[0], outcome(disk / "run")) == []
+        assert different(uninterrupted("fura")[0], outcome(disk / "run")) == []
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=False)

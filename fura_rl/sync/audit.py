@@ -80,11 +80,12 @@ class KernelAudit:
         """Note what the kernel of weight `name` must compute once it holds `delivered`.
 
         `delivered` (features, in) and `base`, the weight that the engine started from, are given at the output
-        features `spans`.  `base` is needed the first time; without it the first sync of a layer cannot be audited.
-        `roundings` as in `expect_reply`.
+        features `spans`.  `base` is needed where `starts_at` says so; without it that sync of the layer cannot be
+        audited.  `roundings` as in `expect_reply`.
         """
         x = probe_vectors(delivered.shape[1], delivered.device)
-        base_reply = None if base is None else product(base.to(delivered.dtype), x)
+        counts = base is not None and self.starts_at(name, spans)
+        base_reply = product(base.to(delivered.dtype), x) if counts else None
         self.expect_reply(name, product(delivered, x), base_reply, spans, roundings)
 
     def expect_reply(
@@ -101,12 +102,16 @@ class KernelAudit:
         engine's roundings of the reply is left to add up.
         """
         self._expected[name] = reply
-        if name not in self._previous or self._spans[name] != spans:  # sharding has moved rows to other processes
+        if self.starts_at(name, spans):
             self._previous[name] = reply if base_reply is None else base_reply
         self._spans[name], self._roundings[name] = spans, roundings
 
     def knows(self, name: str) -> bool:
         return name in self._previous
+
+    def starts_at(self, name: str, spans: list[Span]) -> bool:
+        """Whether nothing is known of `name` at these rows: none were asked for, or sharding has moved them."""
+        return name not in self._previous or self._spans[name] != spans
 
     def gains(self, engine: Kernels) -> dict[str, float]:
         """The gain of every layer whose update is large enough to be seen through the engine's rounding.

@@ -184,6 +184,7 @@ class LiveModel:
     def kernel_replies(self, spans: Mapping[str, Sequence[Span]]) -> dict[str, KernelReply]:
         """This worker's share of x W^T through the live kernels: see `audit.Kernels`."""
         holders = {weight.rpartition(".")[0]: owners[0] for weight, owners in self.owners.items()}
+        kernels = KernelOutputs(self)
         replies: dict[str, KernelReply | None] = {}
         experts: dict[str, dict[str, Sequence[Span]]] = {}  # engine module -> those asked of its stack, `....experts.3`
         for name, wanted in spans.items():
@@ -191,7 +192,7 @@ class LiveModel:
             if last.isdecimal() and stack in holders:
                 experts.setdefault(holders[stack], {})[name] = wanted
             else:
-                replies[name] = self._kernel_reply(name, list(wanted))
+                replies[name] = self._kernel_reply(name, list(wanted), kernels)
         for module_name, asked in experts.items():
             replies |= self._expert_replies(module_name, asked)
         return {name: reply for name, reply in replies.items() if reply is not None}
@@ -217,18 +218,16 @@ class LiveModel:
             replies[name] = KernelReply(reply.float().cpu(), covered)
         return replies
 
-    def _kernel_reply(self, name: str, spans: list[Span]) -> KernelReply | None:
+    def _kernel_reply(self, name: str, spans: list[Span], kernels: KernelOutputs) -> KernelReply | None:
         features = torch.cat([torch.arange(*span) for span in spans])
         output, covered = torch.zeros(audit.VECTORS, len(features)), torch.zeros(len(features))
         found = False
         for module_name in self.owners.get(name, ()):
-            kernel = self._kernel(module_name)
-            if kernel is None:
-                continue
             for region in (r for r in self.regions[module_name] if r.name == name and r.parameter == "weight"):
+                reply = kernels.of(module_name, region)
+                if reply is None:
+                    break
                 found = True
-                x = audit.probe_vectors(region.total_columns, self.device)[:, slice(*region.columns)]
-                reply = kernel(x.to(self.dtype))
                 first = region.offset // region.stride[0]  # output features lie in the order of the rows
                 here = (features >= region.rows[0]) & (features < region.rows[1])
                 picked = (features[here] - region.rows[0] + first).to(reply.device)
@@ -236,7 +235,7 @@ class LiveModel:
                 covered[here] += (region.columns[1] - region.columns[0]) / region.total_columns
         return KernelReply(output, covered) if found else None
 
-    def _kernel(self, module_name: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    def kernel(self, module_name: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """x -> x W^T as the live module computes it; None where it is no matrix.
 
         An embedding looks its live parameter up.  Where an output head shares it, the head answers: its kernel was
@@ -255,6 +254,29 @@ class LiveModel:
         if not isinstance(module, LinearBase | ParallelLMHead):
             return None
         return lambda x: module.quant_method.apply(module, x, None)
+
+
+class KernelOutputs:
+    """What each live kernel makes of the audit's vectors, computed once for all the weights fused in it."""
+
+    def __init__(self, live: LiveModel) -> None:
+        self.live = live
+        self._vectors: dict[int, torch.Tensor] = {}
+        self._last: tuple[tuple[str, Span], torch.Tensor | None] | None = None  # one: a whole model's would add up
+
+    def of(self, module_name: str, region: Region) -> torch.Tensor | None:
+        """x W^T (VECTORS, features) of the module that holds `region`; None where it is no matrix."""
+        key = module_name, region.columns
+        if self._last is None or self._last[0] != key:
+            kernel = self.live.kernel(module_name)
+            vectors = self._vectors_of(region.total_columns)[:, slice(*region.columns)]
+            self._last = key, None if kernel is None else kernel(vectors)
+        return self._last[1]
+
+    def _vectors_of(self, features: int) -> torch.Tensor:
+        if features not in self._vectors:
+            self._vectors[features] = audit.probe_vectors(features, self.live.device).to(self.live.dtype)
+        return self._vectors[features]
 
 
 def fill(

@@ -342,7 +342,8 @@ class UpdateWatch:
             return sampled_rows(read, factors, spans, columns, dtype, device, generator)
 
         delivered = rows(self._engine.dtype, rounding_generator(rounding_seed, weight.name, device))
-        base = None if read is None else torch.cat([read(span, columns) for span in spans])
+        wants_base = rounds or (self._audit is not None and self._audit.starts_at(weight.name, spans))
+        base = torch.cat([read(span, columns) for span in spans]) if read is not None and wants_base else None
         if rounds and base is not None:
             exact = rows(torch.promote_types(base.dtype, torch.float32))
             start = base.to(self._engine.dtype).float()

@@ -11,7 +11,7 @@ METHOD = AdapterMethod(
     summary="low-rank factors started at a QR of the weight",
     paper="arXiv 2406.01775",
     paper_learning_rate=3e-4,
-    rate_of="its paper",
+    rate_of="its author's example in PEFT (instructions)",
     limits=SHIFTED_BASE,
     settings=lora.settings_with(init_lora_weights="olora"),
     capacity="r",
