@@ -14,12 +14,17 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import torch
+
+from fura_rl.sync.vllm_engine import cpu_cache_settings
 from fura_rl.sync.vllm_plugin import BACKEND, EXTENSION
 
 TOKEN_VARIABLE = "FURA_ROLLOUT_TOKEN"
 OPEN_PATHS = ("/health", "/ping")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PR_SET_PDEATHSIG = 1
+STOP_SECONDS = 20.0  # vLLM's server may wait for ever for what it has under way; then it is killed
+MEMORY_OPTIONS = {"--gpu-memory-utilization", "--kv-cache-memory-bytes"}  # else a CPU must have 92% of it free
 SHORTEST_LIFE_SECONDS = 20.0  # a server that dies sooner has a fault that a restart does not mend
 
 
@@ -83,6 +88,8 @@ def command(model: str, host: str, port: int, extra: Sequence[str]) -> list[str]
     }
     if os.environ.get(TOKEN_VARIABLE):
         settings["--middleware"] = "fura_rl.serve.RequireToken"
+    if not torch.cuda.is_available() and not MEMORY_OPTIONS.intersection(extra):
+        settings |= {f"--{name.replace('_', '-')}": str(value) for name, value in cpu_cache_settings(0.25).items()}
     words = [word for name, value in settings.items() if name not in extra for word in (name, value)]
     # the `vllm` console script of the CPU wheel looks for another distribution and fails, the module does not
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *words, *extra]
@@ -96,7 +103,7 @@ def serve(model: str, host: str, port: int, extra: Sequence[str], restarts: int)
     """Run the server until it ends or this process is told to end; returns its exit code.
 
     A server that dies after it has served a while is started again, up to `restarts` times.  It never outlives this
-    process: a SIGTERM or SIGINT ends both, and so does the death of this process (on Linux).
+    process: a SIGTERM or SIGINT ends both, within `STOP_SECONDS`, and so does the death of this process (on Linux).
     """
     check(host, port)
     for attempt in range(restarts + 1):
@@ -104,16 +111,19 @@ def serve(model: str, host: str, port: int, extra: Sequence[str], restarts: int)
         child = subprocess.Popen(
             command(model, host, port, extra), env=environment(), preexec_fn=die_with_parent, process_group=0
         )
-        stopped = False
+        stopped: float | None = None
 
         def stop(number: int, frame: Any, child: subprocess.Popen = child) -> None:
             nonlocal stopped
-            stopped = True
+            stopped = stopped or time.monotonic()
             child.send_signal(number)
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
-        code = child.wait()
+        while (code := child.poll()) is None:
+            if stopped and time.monotonic() - stopped > STOP_SECONDS:
+                child.kill()
+            time.sleep(0.1)
         with contextlib.suppress(ProcessLookupError):  # an engine whose server was killed would keep its memory
             os.killpg(child.pid, signal.SIGKILL)
         too_soon = time.monotonic() - started < SHORTEST_LIFE_SECONDS

@@ -16,7 +16,7 @@ from conftest import REPOSITORY, make_tiny_checkpoint
 from rollout_server import child_environment
 
 from fura_rl.memory import MENDS, OutOfMemory, out_of_memory_in
-from fura_rl.serve import RequireToken, check
+from fura_rl.serve import RequireToken, check, command
 from fura_rl.sync.http_transport import HttpTransport
 from fura_rl.sync.remote_engine import RemoteSyncError
 
@@ -27,6 +27,32 @@ def taken():
         other.bind(("127.0.0.1", 0))
         other.listen()
         yield other.getsockname()[1]
+
+
+DEAF_SERVER = """
+import sys
+from fura_rl import serve
+deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+serve.command = lambda *_: [sys.executable, "-c", deaf]
+serve.STOP_SECONDS = 0.5
+sys.exit(serve.serve("model", "127.0.0.1", serve.free_port(), [], 0))
+"""
+
+
+def test_a_server_that_does_not_end_when_told_is_killed():
+    launcher = subprocess.Popen([sys.executable, "-c", DEAF_SERVER], stdout=subprocess.PIPE, env=child_environment())
+    assert launcher.stdout.readline()
+    [server] = psutil.Process(launcher.pid).children()
+    launcher.terminate()
+    assert launcher.wait(timeout=60) == 0
+    assert not server.is_running()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's memory is shared out by vLLM")
+def test_a_cpu_server_does_not_want_the_machines_memory_for_itself():
+    assert "--kv-cache-memory-bytes" in command("model", "127.0.0.1", 8000, [])
+    own = ["--gpu-memory-utilization", "0.5"]
+    assert "--kv-cache-memory-bytes" not in command("model", "127.0.0.1", 8000, own)
 
 
 def test_a_port_that_is_taken_ends_the_server_before_it_loads_a_model(taken):
