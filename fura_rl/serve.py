@@ -86,11 +86,12 @@ def command(model: str, host: str, port: int, extra: Sequence[str]) -> list[str]
         "--max-logprobs": "-1",
         "--load-format": "safetensors",  # vLLM would take pickled weights where there are no others
     }
-    if os.environ.get(TOKEN_VARIABLE):
-        settings["--middleware"] = "fura_rl.serve.RequireToken"
-    if not torch.cuda.is_available() and not MEMORY_OPTIONS.intersection(extra):
+    given = {word.partition("=")[0].replace("_", "-") for word in extra}
+    if not torch.cuda.is_available() and not MEMORY_OPTIONS & given:
         settings |= {f"--{name.replace('_', '-')}": str(value) for name, value in cpu_cache_settings(0.25).items()}
-    words = [word for name, value in settings.items() if name not in extra for word in (name, value)]
+    words = [word for name, value in settings.items() if name not in given for word in (name, value)]
+    if os.environ.get(TOKEN_VARIABLE):
+        words += ["--middleware", "fura_rl.serve.RequireToken"]  # vLLM adds them up: one of `extra` does not replace it
     # the `vllm` console script of the CPU wheel looks for another distribution and fails, the module does not
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *words, *extra]
 

@@ -51,8 +51,8 @@ def test_a_server_that_does_not_end_when_told_is_killed():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's memory is shared out by vLLM")
 def test_a_cpu_server_does_not_want_the_machines_memory_for_itself():
     assert "--kv-cache-memory-bytes" in command("model", "127.0.0.1", 8000, [])
-    own = ["--gpu-memory-utilization", "0.5"]
-    assert "--kv-cache-memory-bytes" not in command("model", "127.0.0.1", 8000, own)
+    for own in (["--gpu-memory-utilization", "0.5"], ["--kv_cache_memory_bytes=5000000"]):
+        assert "--kv-cache-memory-bytes" not in command("model", "127.0.0.1", 8000, own)
 
 
 def test_a_port_that_is_taken_ends_the_server_before_it_loads_a_model(taken):

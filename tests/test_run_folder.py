@@ -101,7 +101,7 @@ def test_redaction_goes_into_everything():
 
 def test_the_servers_command_line_shows_no_token(monkeypatch):
     monkeypatch.setenv("FURA_ROLLOUT_TOKEN", SECRET)
-    words = command("model", "0.0.0.0", 8000, [])
+    words = command("model", "0.0.0.0", 8000, ["--middleware", "another.one"])
     assert SECRET not in " ".join(words)
     assert "fura_rl.serve.RequireToken" in words
 
