@@ -270,7 +270,7 @@ class KernelOutputs:
         if self._last is None or self._last[0] != key:
             kernel = self.live.kernel(module_name)
             vectors = self._vectors_of(region.total_columns)[:, slice(*region.columns)]
-            self._last = key, None if kernel is None else kernel(vectors)
+            self._last = key, None if kernel is None else kernel(vectors.contiguous())
         return self._last[1]
 
     def _vectors_of(self, features: int) -> torch.Tensor:
