@@ -111,7 +111,7 @@ class KernelAudit:
 
     def starts_at(self, name: str, spans: list[Span]) -> bool:
         """Whether nothing is known of `name` at these rows: none were asked for, or sharding has moved them."""
-        return name not in self._previous or self._spans[name] != spans
+        return not self.knows(name) or self._spans[name] != spans
 
     def gains(self, engine: Kernels) -> dict[str, float]:
         """The gain of every layer whose update is large enough to be seen through the engine's rounding.
