@@ -25,7 +25,6 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PR_SET_PDEATHSIG = 1
 STOP_SECONDS = 20.0  # vLLM's server may wait for ever for what it has under way; then it is killed
 MEMORY_OPTIONS = {"--gpu-memory-utilization", "--kv-cache-memory-bytes"}  # else a CPU must have 92% of it free
-SHORTEST_LIFE_SECONDS = 20.0  # a server that dies sooner has a fault that a restart does not mend
 
 
 class RequireToken:
@@ -68,6 +67,12 @@ def check(host: str, port: int) -> None:
             ) from error
 
 
+def listening(host: str, port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1.0):
+        return True
+    return False
+
+
 def free_port() -> int:
     """A port of loopback that nobody listens on at the moment."""
     with socket.socket() as probe:
@@ -103,12 +108,13 @@ def environment() -> dict[str, str]:
 def serve(model: str, host: str, port: int, extra: Sequence[str], restarts: int) -> int:
     """Run the server until it ends or this process is told to end; returns its exit code.
 
-    A server that dies after it has served a while is started again, up to `restarts` times.  It never outlives this
-    process: a SIGTERM or SIGINT ends both, within `STOP_SECONDS`, and so does the death of this process (on Linux).
+    A server that dies is started again, up to `restarts` times; one that never came to listen is not, for its fault is
+    in its options.  It never outlives this process: a SIGTERM or SIGINT ends both, within `STOP_SECONDS`, and so does
+    the death of this process (on Linux).
     """
     check(host, port)
+    served = False
     for attempt in range(restarts + 1):
-        started = time.monotonic()
         child = subprocess.Popen(
             command(model, host, port, extra), env=environment(), preexec_fn=die_with_parent, process_group=0
         )
@@ -122,13 +128,13 @@ def serve(model: str, host: str, port: int, extra: Sequence[str], restarts: int)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
         while (code := child.poll()) is None:
+            served = served or listening(host, port)
             if stopped and time.monotonic() - stopped > STOP_SECONDS:
                 child.kill()
             time.sleep(0.1)
         with contextlib.suppress(ProcessLookupError):  # an engine whose server was killed would keep its memory
             os.killpg(child.pid, signal.SIGKILL)
-        too_soon = time.monotonic() - started < SHORTEST_LIFE_SECONDS
-        if stopped or code == 0 or too_soon or attempt == restarts:
+        if stopped or code == 0 or not served or attempt == restarts:
             return 0 if stopped else code
         print(f"the rollout server died with code {code}; starting it again ({attempt + 1} of {restarts})", flush=True)
     return code

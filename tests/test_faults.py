@@ -48,6 +48,23 @@ def test_a_server_that_does_not_end_when_told_is_killed():
     assert not server.is_running()
 
 
+SHORT_LIVED_SERVER = """
+import sys
+from fura_rl import serve
+listen = "import socket, sys, time; s = socket.create_server(('127.0.0.1', int(sys.argv[1]))); time.sleep(1); exit(3)"
+serve.command = lambda model, host, port, extra: [sys.executable, "-c", *extra, str(port)]
+sys.exit(serve.serve("model", "127.0.0.1", serve.free_port(), [listen if sys.argv[1] == "serves" else "exit(3)"], 2))
+"""
+
+
+@pytest.mark.parametrize(("what", "restarts"), [("serves", 2), ("fails to start", 0)])
+def test_a_server_is_started_again_if_it_ever_served_however_short_it_lived(what, restarts):
+    words = [sys.executable, "-c", SHORT_LIVED_SERVER, what]
+    done = subprocess.run(words, capture_output=True, text=True, env=child_environment(), timeout=120)
+    assert done.returncode == 3
+    assert done.stdout.count("the rollout server died with code 3; starting it again") == restarts, done.stdout
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's memory is shared out by vLLM")
 def test_a_cpu_server_does_not_want_the_machines_memory_for_itself():
     assert "--kv-cache-memory-bytes" in command("model", "127.0.0.1", 8000, [])
