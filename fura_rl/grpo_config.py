@@ -32,6 +32,14 @@ class FuraGRPOConfig(AlarmSettings, GRPOConfig):
         default=None,
         metadata={"help": "Run the engine without graph capture and compilation; default: only on CPU."},
     )
+    vllm_share_weights: bool = field(
+        default=False,
+        metadata={
+            "help": "With vllm_mode colocate: policy and engine hold the base weights once, in the engine's storage. "
+            "Saves the model's size in GPU memory, for one copy of the adapted ones from host memory a rollout. "
+            "Policy and engine must have one dtype; not with sleep mode, tensor parallelism or full fine-tuning."
+        },
+    )
     vllm_server_seeded: bool = field(
         default=False,
         metadata={

@@ -43,6 +43,7 @@ from fura_rl.sync.engine import RolloutEngine
 from fura_rl.sync.remote_engine import Follower
 from fura_rl.sync.rounding import ROUNDINGS
 from fura_rl.sync.sharding import failing_together
+from fura_rl.sync.single_copy import SingleCopyEngine, move_to_host
 from fura_rl.sync.vllm_engine import InProcessEngine, cpu_cache_settings
 from fura_rl.sync.weight_sync import SYNC_MODES, SyncReport, WeightSync
 
@@ -118,6 +119,8 @@ class FuraGRPOTrainer(GRPOTrainer):
         kwargs["seed"] += self.args.seed  # TRL seeds every run's engine alike, and with it this process
         kwargs["disable_log_stats"] = True
         kwargs["load_format"] = "safetensors"  # vLLM would take pickled weights where there are no others
+        if self._shares_weights:
+            move_to_host(self.accelerator.unwrap_model(self.model))
         return LLM(**kwargs)
 
     @property
@@ -144,10 +147,13 @@ class FuraGRPOTrainer(GRPOTrainer):
         )
         generation.sync_weights = self.sync_weights
         generate = self._seeded(generation.generate)
-        generation.generate = self._timed("rollout", out_of_memory_in("rollouts")(generate))
+        generate = self._timed("rollout", out_of_memory_in("rollouts")(generate))
+        generation.generate = self._returning_weights(generate)
 
     def _rollout_engine(self, generation: Any) -> RolloutEngine:
         """The engine as this process sees it: in this process, behind a server, or as another process's business."""
+        if self._shares_weights:
+            return SingleCopyEngine(generation.llm, self.accelerator.unwrap_model(self.model))
         if generation.mode == "colocate":
             return InProcessEngine(generation.llm)
         dtype = [str(self._client.engine.dtype).removeprefix("torch.") if self._client else None]
@@ -231,6 +237,24 @@ class FuraGRPOTrainer(GRPOTrainer):
                 return generate(*args, **kwargs)
 
         return seeded
+
+    @property
+    def _shares_weights(self) -> bool:
+        return getattr(self.args, "vllm_share_weights", False)
+
+    def _returning_weights(self, use_engine: Callable[..., Any]) -> Callable[..., Any]:
+        """`use_engine`, after which a policy that shares its storage has its own weights back."""
+
+        @functools.wraps(use_engine)
+        def returning(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return use_engine(*args, **kwargs)
+            finally:
+                if self._shares_weights:
+                    self.weight_sync.engine.restore()
+                    self._last_loaded_step = -1  # the next rollout folds again
+
+        return returning
 
     def _draws(self, **place: Any) -> AbstractContextManager[None]:
         """What seeds the rollouts of one place in the run, here or at the server."""
@@ -335,7 +359,7 @@ class FuraGRPOTrainer(GRPOTrainer):
         if self.held_out is None:
             return super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self.sync_weights()
-        scores = self._timed("evaluation", self._score_held_out)()
+        scores = self._returning_weights(self._timed("evaluation", self._score_held_out))()
         metrics = {f"{metric_key_prefix}_{measure}": value for measure, value in scores.items()}
         super(GRPOTrainer, self).log(metrics)  # TRL's own would pour its half-gathered training metrics in
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -377,6 +401,7 @@ def check_settings(args: GRPOConfig | None, peft_config: PeftConfig | None, held
         faults.append(f"sync_transport={transport!r} must be one of {', '.join(TRANSPORTS)}")
     if (mode := getattr(args, "sync_mode", "auto")) not in SYNC_MODES:
         faults.append(f"sync_mode={mode!r} must be one of {', '.join(SYNC_MODES)}")
+    faults += [] if args is None else sharing_faults(args, peft_config)
     if set(getattr(peft_config, "modules_to_save", None) or ()) & {"embed_tokens", "lm_head"}:
         faults.append(
             "modules_to_save with embed_tokens or lm_head drifts from the engine where the two are tied; leave them out"
@@ -391,6 +416,23 @@ def check_settings(args: GRPOConfig | None, peft_config: PeftConfig | None, held
         faults.append(f"fold_rounding={rounding!r} must be one of {', '.join(ROUNDINGS)}")
     if faults:
         raise ValueError("; ".join(faults))
+
+
+def sharing_faults(args: GRPOConfig, peft_config: PeftConfig | None) -> list[str]:
+    """Why policy and engine cannot hold the base weights together, where `vllm_share_weights` asks for it."""
+    if not getattr(args, "vllm_share_weights", False):
+        return []
+    obstacles = {
+        f"vllm_mode={args.vllm_mode!r} has its weights in another process: use 'colocate'": (
+            not args.use_vllm or args.vllm_mode != "colocate"
+        ),
+        "vllm_enable_sleep_mode discards them while the policy trains: set it to false": args.vllm_enable_sleep_mode,
+        f"vllm_tensor_parallel_size={args.vllm_tensor_parallel_size} cuts them up: use 1": (
+            args.vllm_tensor_parallel_size > 1
+        ),
+        "full fine-tuning moves the base weights themselves: name an adapter": peft_config is None,
+    }
+    return [f"vllm_share_weights: {obstacle}" for obstacle, present in obstacles.items() if present]
 
 
 def sharding_faults(args: GRPOConfig, peft_config: PeftConfig | None) -> list[str]:

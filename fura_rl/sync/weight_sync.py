@@ -173,7 +173,7 @@ class WeightSync:
             FloatingPointError: where a trained parameter is not finite; the engine keeps the weights it has.
             StaleEngineError: where the engine does not compute what the trainer computes afterwards.
         """
-        clock = [time.perf_counter()]
+        started = time.perf_counter()
         self.weights = self._current_weights()
         with failing_together():
             refuse_non_finite(self.weights.values())
@@ -183,6 +183,11 @@ class WeightSync:
             if everything or weight.trained or (self._first and weight.quantized is not None)
         ]
         watch = UpdateWatch(self)
+        probed = self._first or self.version % self.probe_every == 0
+        clock = [time.perf_counter()]
+        # before the push: where policy and engine share their storage, the policy's forward would undo it
+        expected = self.score(self.model, self.probe_token_ids) if probed else None
+        clock.append(time.perf_counter())
         audited = self.audit_every and (self._first or self.version % self.audit_every == 0) and not self.follows
         with failing_together():
             push = self._push(chosen, watch)
@@ -190,14 +195,14 @@ class WeightSync:
             gains = self._audit() if audited else {}
             clock.append(time.perf_counter())
         self.version += 1
-        gap = self._probe() if self._first or (self.version - 1) % self.probe_every == 0 else None
+        gap = None if expected is None else self._probe(expected)
         self._first = False
         clock.append(time.perf_counter())
-        _, auditing, probing = (after - before for before, after in itertools.pairwise(clock))
+        scoring, _, auditing, probing = (after - before for before, after in itertools.pairwise(clock))
         return SyncReport(
             version=self.version,
-            seconds=clock[-1] - clock[0],
-            phases={**push.phases, "audit": auditing + watch.seconds, "probe": probing},
+            seconds=clock[-1] - started,
+            phases={**push.phases, "audit": auditing + watch.seconds, "probe": scoring + probing},
             payload_bytes=push.payload_bytes,
             dense_bytes=sum(w.element_count for w in self.weights.values()) * self.engine.dtype.itemsize,
             probe_max_gap=gap,
@@ -275,8 +280,8 @@ class WeightSync:
         self.audit.accept(gains)
         return gains
 
-    def _probe(self) -> float | None:
-        trainer = self.score(self.model, self.probe_token_ids)
+    def _probe(self, trainer: torch.Tensor) -> float | None:
+        """The largest gap between the policy's log-probs of the probe, `trainer`, and the engine's."""
         gap = None
         with failing_together():
             if not self.follows:
