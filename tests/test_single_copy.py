@@ -135,7 +135,11 @@ def test_a_push_that_fails_gives_the_policy_its_weights_back(share, tied_checkpo
     [
         ("qfura", torch.float32, r"q_proj\.weight is not held as the plain weight"),
         ("full", torch.float32, r"weight is trained itself, not through an adapter"),
-        ("lora", torch.bfloat16, r"q_proj\.weight is torch\.bfloat16, and the engine serves torch\.float32"),
+        (
+            "lora",
+            torch.bfloat16,
+            r"q_proj\.weight is torch\.bfloat16, the engine's torch\.float32: --dtype and --vllm_dtype differ",
+        ),
     ],
 )
 def test_what_cannot_be_shared_is_refused_by_name(share, tied_checkpoint, adapter, dtype, reason):

@@ -87,7 +87,9 @@ class SingleCopyEngine(InProcessEngine):
         if weight.quantized is not None or pristine_weight(weight).data_ptr() != weight.parameter.data_ptr():
             raise Unshareable("is not held as the plain weight that it stands for")
         if weight.parameter.dtype != self.dtype:
-            raise Unshareable(f"is {weight.parameter.dtype}, and the engine serves {self.dtype}: give both one dtype")
+            raise Unshareable(
+                f"is {weight.parameter.dtype}, the engine's {self.dtype}: --dtype and --vllm_dtype differ"
+            )
         owners = self.model.owners.get(weight.name, [])
         places = [(owner, r) for owner in owners for r in self.model.regions[owner] if r.name == weight.name]
         if len(places) != 1 or places[0][1].element_count != weight.element_count or places[0][1].ops:
