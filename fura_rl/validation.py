@@ -117,7 +117,7 @@ def read(parser: TrlParser, name: str, given: Given, field: dataclasses.Field, h
     if not isinstance(given.value, tuple):  # argparse takes a default as it is, so a value of YAML is looked at here
         if given.value is None and (type(None) in allowed or field.default is None):
             return None
-        if isinstance(given.value, dict) and dict in allowed:
+        if type(given.value) in allowed & {dict, list} and not takes_words(parser, name):
             return given.value
         misfit = isinstance(given.value, list) != (list in allowed) and str not in allowed
         if misfit or isinstance(given.value, dict) or given.value is None:
@@ -128,8 +128,14 @@ def read(parser: TrlParser, name: str, given: Given, field: dataclasses.Field, h
         raise ValueError(fault(name, given, expected, choices)) from error
     value = getattr(parsed, name)
     if left_over:
-        raise ValueError(fault(name, given, f"{expected}, one of them"))
+        one = "one value; a list goes into a YAML file" if list in allowed else f"{expected}, one only"
+        raise ValueError(fault(name, given, one))
     return in_range(name, given, value, choices)
+
+
+def takes_words(parser: TrlParser, name: str) -> bool:
+    """Whether the command line takes a list of `name`, so that argparse can look at each of its words."""
+    return any(action.dest == name and action.nargs in ("+", "*") for action in parser._actions)
 
 
 def in_range(name: str, given: Given, value: Any, choices: Sequence[str]) -> Any:

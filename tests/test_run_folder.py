@@ -176,6 +176,12 @@ def test_reporters_are_trls(reporter, monkeypatch):
     assert parse_arguments(["--config", QUICKSTART, "--report_to", reporter]).training.report_to == [reporter]
 
 
+def test_several_reporters_are_a_list_in_yaml(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(Path(QUICKSTART).read_text() + "\nreport_to: [tensorboard, tensorboard]\n")
+    assert parse_arguments(["--config", str(config)]).training.report_to == ["tensorboard"] * 2
+
+
 @pytest.mark.slow
 def test_a_resumed_run_leaves_one_whole_folder(tmp_path):
     run = [
