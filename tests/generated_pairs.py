@@ -109,7 +109,7 @@ def scientific(r: random.Random) -> Made:
 def percent(r: random.Random) -> Made:
     n = r.choice([k for k in range(2, 99) if k % 10])
     right = [rf"{n}\%", f"{n}%", rf"{n}\text{{ percent}}", f"{n} percent", rf"{n}.0\%"]
-    return rf"{n}\%", right, [rf"{n + 1}\%", rf"{n}00\%", f"0.0{n}", f"{n * 100}", rf"0.{n:02d}\%"]
+    return rf"{n}\%", right, [rf"{n + 1}\%", rf"{n}00\%", f"0.00{n}", f"{n * 100}", rf"0.{n:02d}\%"]
 
 
 def unit(r: random.Random) -> Made:
