@@ -56,6 +56,7 @@ SYNONYMS = {
     "degree": r"^{\circ}", "infin": r"\infty ", "to": r"\to ", "rightarrow": r"\to ", "implies": r"\Rightarrow ",
     "bar": r"\overline", "percent": r"\%", "arctan": r"\arctan ", "imath": "i", "lparen": "(", "rparen": ")",
 }  # fmt: skip
+INFIX = {r"\over": r"\frac", r"\choose": r"\binom"}  # TeX's own: they take all of their group, before and behind
 COMMAND = re.compile(r"\\\\|\\([A-Za-z]+)(?:(?<=operatorname)\*)?|\\[,;:!> ]|\\[()\[\]]|(?<!\\)\$|~|&nbsp;")
 THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\s*\\!|\\[,;:! ]|~|\\thinspace\b)\s*(?=\d{3}(?!\d))")
 SPACED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d])")
@@ -74,6 +75,7 @@ ROMAN_FUNCTION = re.compile(
 )
 TEXT_PERCENT = re.compile(r"\\text\s*\{\s*(?:\\?%|percent|per cent|pct)\s*\}|\bper ?cent\b|(?<!\\)%")
 SPACE = re.compile(r"\s+")
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # and what is escaped, which is no brace
 MAX_PASSES = 4  # two do for all but garbage
 TRAILING = " \t\n.,;:*\\"
 SCAN = re.compile(r"\\begin\{[^{}]*\}|\\end\{[^{}]*\}|\\(?:langle|rangle)(?![A-Za-z])|\\[A-Za-z]+|\\.|.", re.DOTALL)
@@ -107,7 +109,7 @@ def split_top(text: str, is_separator: Callable[[str], bool]) -> list[tuple[str,
 def brace_group(text: str, start: int) -> int:
     """The position after the group that opens with the "{" at `start`, or -1 where it never closes."""
     depth = 0
-    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
+    for match in BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(match.group(), 0)
         if depth == 0:
             return match.end()
@@ -169,7 +171,30 @@ def replace_commands(text: str) -> str:
     text = COMMAND.sub(rename_command, text)
     text = ROMAN_FUNCTION.sub(r"\\\1 ", ROMAN_LETTERS.sub(r"\1", text))
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))", r"^{\\circ}", text)
-    return re.sub(r"\s+(?=[\^_])", "", text)
+    text = re.sub(r"\s+(?=[\^_])", "", text)
+    return prefixed(text) if any(command in text for command in INFIX) else text
+
+
+def prefixed(text: str) -> str:
+    r"""`{a \over b}` as `{\frac{a}{b}}`, and `\choose` likewise; as it stands where braces or infixes do not fit."""
+    groups: list[tuple[list[str], str]] = [([], "")]  # of each open group: its pieces, and what will close its fraction
+    for match in re.finditer(r"\\[A-Za-z]+|\\.|.", text, re.DOTALL):
+        token, (pieces, end) = match.group(), groups[-1]
+        if token == "{":
+            groups.append(([], ""))
+        elif token == "}":
+            groups.pop()
+            if not groups:
+                return text
+            groups[-1][0].append("{" + "".join(pieces) + end + "}")
+        elif token in INFIX:
+            if end:
+                return text
+            groups[-1] = [INFIX[token], "{", "".join(pieces).strip(), "}{"], "}"
+        else:
+            pieces.append(token)
+    pieces, end = groups[-1]
+    return "".join(pieces) + end if len(groups) == 1 else text
 
 
 def rename_command(match: re.Match[str]) -> str:
@@ -191,11 +216,27 @@ def unwrap(text: str) -> str:
         if not stripped.endswith((r"\}", r"\%", r"\$")):
             stripped = stripped.rstrip(TRAILING)
         stripped = stripped.lstrip(" \n\t*,;:")
-        if stripped.startswith("{") and brace_group(stripped, 0) == len(stripped):
-            stripped = stripped[1:-1]
+        if stripped.startswith("{") and (pairs := enclosing_pairs(stripped)):
+            stripped = stripped[pairs:-pairs]
         if stripped == text:
             return text
         text = stripped
+
+
+def enclosing_pairs(text: str) -> int:
+    """How many pairs of braces stand round the whole text, one in the other: in one pass, however many."""
+    leading = len(text) - len(text.lstrip("{"))
+    opened, closed_at = [], [-1] * leading
+    for match in BRACE.finditer(text):
+        if match.group() == "{":
+            opened.append(match.start())
+        elif match.group() == "}":
+            if not opened:
+                return 0
+            if (start := opened.pop()) < leading:
+                closed_at[start] = match.start()
+    last = len(text) - 1
+    return next((depth for depth in range(leading) if closed_at[depth] != last - depth), leading)
 
 
 def brace_arguments(text: str) -> str:

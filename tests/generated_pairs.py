@@ -61,6 +61,7 @@ def fraction(r: random.Random) -> Made:
         rf"\frac{{{-a}}}{{{-b}}}",
     ]
     right += [rf"\left({frac(q)}\right)", rf"\displaystyle {frac(q)}", f"({a})/({b})", f"{frac(q)}."]
+    right += [rf"{a} \over {b}", rf"{{{a}\over{b}}}"]
     return frac(q), right, [frac(-q), frac(q + 1), frac(1 / q), rf"\frac{{{a + 1}}}{{{b}}}", str(b), f"{a}"]
 
 
@@ -375,10 +376,10 @@ def power(r: random.Random) -> Made:
 
 
 def binomial(r: random.Random) -> Made:
-    n, k = r.randint(8, 30), r.randint(2, 5)
+    n, k = r.randint(12, 30), r.randint(2, 5)  # n > 2k + 1, else the next one is equal
     return (
         rf"\binom{{{n}}}{{{k}}}",
-        [str(comb(n, k)), rf"\dbinom{{{n}}}{{{n - k}}}", rf"{{{n}\choose {k}}}" if False else str(comb(n, k))],
+        [str(comb(n, k)), rf"\dbinom{{{n}}}{{{n - k}}}", rf"{{{n} \choose {k}}}"],
         [rf"\binom{{{n}}}{{{k + 1}}}", str(comb(n, k) + 1), rf"\frac{{{n}}}{{{k}}}"],
     )
 

@@ -27,6 +27,7 @@ from rewards import (
 )
 from rewards.__main__ import main
 from rewards.extract import extract
+from rewards.latex import normalise
 from rewards.result import Result
 
 FORBIDDEN = ("torch", "sympy", "fura_rl", "math_verify", "numpy", "transformers")
@@ -294,6 +295,25 @@ def test_rewards_load_by_name_by_dotted_path_and_with_settings():
 def test_wrong_reward_names_are_explained(name, message):
     with pytest.raises(ValueError, match=message):
         load_reward(name)
+
+
+@pytest.mark.parametrize(
+    ("written", "normal"),
+    [
+        (r"1 \over 2", r"\frac{1}{ 2}"),
+        (r"\sqrt{x \over {a\over b}}", r"\sqrt{\frac{x}{ {\frac{a}{b}}}}"),
+        (r"{20 \choose 3}+1", r"{\binom{20}{ 3}}+1"),
+        (r"\overline{3}", r"\overline{3}"),
+        (r"{1 \over 2", r"{1 \over 2"),  # it never closes
+        (r"1}\over 2", r"1}\over 2"),
+        (r"1\over 2\over 3", r"1\over 2\over 3"),  # TeX refuses it as well
+        ("{{{7}}}", "7"),
+        ("{1}+{2}", "{1}+{2}"),
+    ],
+)
+def test_tex_infixes_and_braces_round_the_whole_are_respelled(written, normal):
+    assert normalise(written) == normal
+    assert normalise(normal) == normal
 
 
 def test_every_registered_reward_is_there():
