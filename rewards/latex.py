@@ -191,7 +191,7 @@ def prefixed(text: str) -> str:
             if end:
                 return text
             groups[-1] = [INFIX[token], "{", "".join(pieces).strip(), "}{"], "}"
-        else:
+        elif not (token.isspace() and pieces and pieces[-1] == "}{"):
             pieces.append(token)
     pieces, end = groups[-1]
     return "".join(pieces) + end if len(groups) == 1 else text

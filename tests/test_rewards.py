@@ -300,9 +300,9 @@ def test_wrong_reward_names_are_explained(name, message):
 @pytest.mark.parametrize(
     ("written", "normal"),
     [
-        (r"1 \over 2", r"\frac{1}{ 2}"),
-        (r"\sqrt{x \over {a\over b}}", r"\sqrt{\frac{x}{ {\frac{a}{b}}}}"),
-        (r"{20 \choose 3}+1", r"{\binom{20}{ 3}}+1"),
+        (r"1 \over 2", r"\frac{1}{2}"),
+        (r"\sqrt{x \over {a\over b}}", r"\sqrt{\frac{x}{{\frac{a}{b}}}}"),
+        (r"{20 \choose 3}+1", r"{\binom{20}{3}}+1"),
         (r"\overline{3}", r"\overline{3}"),
         (r"{1 \over 2", r"{1 \over 2"),  # it never closes
         (r"1}\over 2", r"1}\over 2"),
