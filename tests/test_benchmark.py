@@ -112,8 +112,11 @@ def soak_of(memory, seconds):
 def test_a_soak_tells_what_grows_after_its_warm_up():
     flat = soak_of(lambda step: 500 + 10 * min(step, 150), lambda step: 1.0)
     assert flat["trainer: memory, MB"]["growth"] == flat["step, s"]["growth"] == "+0.0%"
+    unevenly_seen = soak_of(lambda step: 1000 + (500 if step % (10 if step < 1000 else 4) else 0), lambda step: 1.0)
+    assert unevenly_seen["trainer: memory held between steps, MB"]["growth"] == "+0.0%"
     growing = soak_of(lambda step: 1000 + step / 10, lambda step: 1 + step / 1000)
     assert growing["trainer: memory, MB"]["growth"] == "+15.5%"
+    assert growing["trainer: memory held between steps, MB"]["growth"] == "+15.6%"
     assert growing["step, s"]["growth"] == "+123.0%"
     assert growing["trainer: open files"]["growth"] == "+0.0%"
 

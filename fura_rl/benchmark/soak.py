@@ -1,18 +1,20 @@
 """A long run watched from outside: does the memory, the number of open files or threads, or the time of a step grow?
 
 Runs `launch/grpo_math.py` with the quickstart's settings for `--steps` steps and looks every few seconds at each of its
-processes.  What grows is judged after a warm-up, by the median of a window then and of one at the end.
+processes.  What grows is judged after a warm-up, by the median of a window then and of one at the end, and by the low
+points of both: what is held between steps, and what a step takes that nothing else on the machine has slowed down.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ from fura_rl.benchmark.measure import Settings
 from fura_rl.benchmark.report import pyplot_or_none
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-INTERVAL = 2.0  # seconds
+INTERVAL = 1.0, 3.0  # seconds, drawn: looks in step with the steps would see one phase of them
+LOW = 0.05  # quantile
 WARM_UP = 200  # steps: allocators, caches and kernels have seen every shape by then
 TAIL = 65536  # bytes of the metrics file, in which its last line lies
 
@@ -76,7 +79,7 @@ def watch(process: subprocess.Popen, metrics: Path, steps: int) -> Iterator[Samp
             step = last_step(metrics)
             bar.update(step - bar.n)
             yield from look(process.pid, step)
-            time.sleep(INTERVAL)
+            time.sleep(random.uniform(*INTERVAL))
         bar.update(last_step(metrics) - bar.n)
 
 
@@ -122,10 +125,12 @@ def rows(samples: list[Sample], times: dict[int, float], steps: int) -> list[dic
     window = max(1, steps // 10)
     warm_up = min(WARM_UP, window)
 
-    def row(what: str, levels: list[tuple[int, float]]) -> dict[str, Any]:
+    def row(
+        what: str, levels: list[tuple[int, float]], of: Callable[[list[float]], float] = statistics.median
+    ) -> dict[str, Any]:
         early = [level for step, level in levels if warm_up < step <= warm_up + window]
         late = [level for step, level in levels if steps - window < step <= steps]
-        start, end = (statistics.median(part) if part else float("nan") for part in (early, late))
+        start, end = (of(part) if part else float("nan") for part in (early, late))
         return {
             "what": what, f"after step {warm_up}": start, f"last {window} steps": end,
             "growth": f"{end / start - 1:+.1%}", "most": max((level for _, level in levels), default=0.0),
@@ -134,10 +139,16 @@ def rows(samples: list[Sample], times: dict[int, float], steps: int) -> list[dic
     table = []
     for role in dict.fromkeys(sample.role for sample in samples):
         own = [sample for sample in samples if sample.role == role]
-        table.append(row(f"{role}: memory, MB", [(s.step, s.memory_mb) for s in own]))
+        memory = [(s.step, s.memory_mb) for s in own]
+        table.append(row(f"{role}: memory, MB", memory))
+        table.append(row(f"{role}: memory held between steps, MB", memory, low))
         table.append(row(f"{role}: open files", [(s.step, float(s.handles)) for s in own]))
         table.append(row(f"{role}: threads", [(s.step, float(s.threads)) for s in own]))
-    return [*table, row("step, s", list(times.items()))]
+    return [*table, row("step, s", list(times.items())), row("fastest steps, s", list(times.items()), low)]
+
+
+def low(levels: list[float]) -> float:
+    return sorted(levels)[int(LOW * len(levels))]
 
 
 def plot(path: Path, samples: list[Sample], times: dict[int, float]) -> None:
