@@ -298,6 +298,7 @@ def score_held_out(run: Run) -> report.Scores | None:
     if llm is None:  # another process samples from the server
         return None
     scores, samples = run.held_out.score(llm), run.held_out.samples
+    run.trainer.take_weights_back()
     return report.Scores(
         greedy=scores["greedy"],
         pass_at_1=scores["pass@1"],

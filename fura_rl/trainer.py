@@ -242,17 +242,19 @@ class FuraGRPOTrainer(GRPOTrainer):
     def _shares_weights(self) -> bool:
         return getattr(self.args, "vllm_share_weights", False)
 
-    def _returning_weights(self, use_engine: Callable[..., Any]) -> Callable[..., Any]:
-        """`use_engine`, after which a policy that shares its storage has its own weights back."""
+    def take_weights_back(self) -> None:
+        """Of a policy that shares its storage with the engine: its own weights are there again, after rollouts."""
+        if self._shares_weights:
+            self.weight_sync.engine.restore()
+            self._last_loaded_step = -1  # the next rollout folds again
 
-        @functools.wraps(use_engine)
+    def _returning_weights(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(generate)
         def returning(*args: Any, **kwargs: Any) -> Any:
             try:
-                return use_engine(*args, **kwargs)
+                return generate(*args, **kwargs)
             finally:
-                if self._shares_weights:
-                    self.weight_sync.engine.restore()
-                    self._last_loaded_step = -1  # the next rollout folds again
+                self.take_weights_back()
 
         return returning
 
@@ -359,7 +361,8 @@ class FuraGRPOTrainer(GRPOTrainer):
         if self.held_out is None:
             return super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self.sync_weights()
-        scores = self._returning_weights(self._timed("evaluation", self._score_held_out))()
+        scores = self._timed("evaluation", self._score_held_out)()
+        self.take_weights_back()
         metrics = {f"{metric_key_prefix}_{measure}": value for measure, value in scores.items()}
         super(GRPOTrainer, self).log(metrics)  # TRL's own would pour its half-gathered training metrics in
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

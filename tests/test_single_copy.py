@@ -10,7 +10,7 @@ from trl import ModelConfig
 
 from fura_rl.adapters.registry import peft_config_for
 from fura_rl.config import parse_arguments
-from fura_rl.run import prepare_run
+from fura_rl.run import finish, prepare_run, train
 from fura_rl.sync.factors import fold_slice
 from fura_rl.sync.fold import checkpoint_weights, slices_of
 from fura_rl.sync.single_copy import SingleCopyEngine
@@ -19,7 +19,7 @@ from fura_rl.sync.weight_sync import WeightSync
 
 PROBE = list(range(3, 40))
 OPTIONS = [
-    *("--config", str(REPOSITORY / "configs" / "quickstart.yaml"), "--max_steps", "4", "--eval_problems", "0"),
+    *("--config", str(REPOSITORY / "configs" / "quickstart.yaml"), "--max_steps", "4", "--eval_problems", "8"),
     *("--per_device_train_batch_size", "32", "--save_steps", "2", "--learning_rate", "1e-2"),
 ]
 
@@ -174,17 +174,16 @@ def test_settings_under_which_nothing_can_be_shared_are_refused(options, fault, 
 
 @pytest.mark.slow
 def test_a_run_on_one_copy_is_the_run_on_two(tmp_path):
+    """Training, and held-out problems before and after it."""
     runs = {}
     for shared in ("false", "true"):
         folder = tmp_path / shared
-        arguments = parse_arguments([*OPTIONS, "--vllm_share_weights", shared, "--output_dir", str(folder)])
-        run = prepare_run(arguments)
-        run.trainer.train()
+        run = prepare_run(parse_arguments([*OPTIONS, "--vllm_share_weights", shared, "--output_dir", str(folder)]))
+        train(run)
+        assert finish(run) == 0
         policy = run.trainer.accelerator.unwrap_model(run.trainer.model)
-        losses = [entry["loss"] for entry in run.trainer.state.log_history if "loss" in entry]
-        runs[shared] = losses, {n: p.detach().clone() for n, p in policy.named_parameters()}, run.trainer
-    assert runs["true"][0] == runs["false"][0]
-    assert all(torch.equal(p, runs["false"][1][name]) for name, p in runs["true"][1].items())
-    trainer = runs["true"][2]
-    assert isinstance(trainer.weight_sync.engine, SingleCopyEngine)
-    assert len(trainer.sync_reports) == len(runs["false"][2].sync_reports)
+        numbers = [(entry["loss"], entry["reward"]) for entry in run.trainer.state.log_history if "loss" in entry]
+        runs[shared] = numbers, run.before, {name: p.detach().clone() for name, p in policy.named_parameters()}
+    assert isinstance(run.trainer.weight_sync.engine, SingleCopyEngine)
+    assert runs["true"][:2] == runs["false"][:2]
+    assert all(torch.equal(p, runs["false"][2][name]) for name, p in runs["true"][2].items()), "base weights too"

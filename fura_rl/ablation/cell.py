@@ -83,6 +83,7 @@ def score(run: Any, folder: Path, split: str, scoring: dict[str, Any]) -> dict[s
     run.trainer.sync_weights()
     target = RunFolder.open(folder / split, settings, environment())
     sample_all(run.trainer.vllm_generation.llm, run.tokenizer, problems, plan_batches(len(problems), passes), target)
+    run.trainer.take_weights_back()
     return summarize_folder(target, problems, scoring["k"])
 
 
