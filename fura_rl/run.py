@@ -293,12 +293,10 @@ def score_held_out(run: Run) -> report.Scores | None:
     """Greedy and sampled accuracy on the held-out problems, on the live engine, freshly synced."""
     if run.held_out is None:
         return None
-    run.trainer.sync_weights()
-    llm = run.trainer.sampler
-    if llm is None:  # another process samples from the server
-        return None
-    scores, samples = run.held_out.score(llm), run.held_out.samples
-    run.trainer.take_weights_back()
+    with run.trainer.synced_sampler() as llm:
+        if llm is None:  # another process samples from the server
+            return None
+        scores, samples = run.held_out.score(llm), run.held_out.samples
     return report.Scores(
         greedy=scores["greedy"],
         pass_at_1=scores["pass@1"],

@@ -168,6 +168,15 @@ class FuraGRPOTrainer(GRPOTrainer):
             return self.vllm_generation.llm
         return ServerSampler(self._client) if self._client else None
 
+    @contextmanager
+    def synced_sampler(self) -> Iterator[Any]:
+        """`sampler`, freshly synced, for as long as the policy need not compute."""
+        self.sync_weights()
+        try:
+            yield self.sampler
+        finally:
+            self._take_weights_back()
+
     def sync_weights(self) -> None:
         """Bring the engine to the policy's weights and prove it.  TRL calls this before a generation of a new step."""
         generation = self.vllm_generation
@@ -242,8 +251,8 @@ class FuraGRPOTrainer(GRPOTrainer):
     def _shares_weights(self) -> bool:
         return getattr(self.args, "vllm_share_weights", False)
 
-    def take_weights_back(self) -> None:
-        """Of a policy that shares its storage with the engine: its own weights are there again, after rollouts."""
+    def _take_weights_back(self) -> None:
+        """A policy that shares its storage with the engine has its own weights again, after rollouts."""
         if self._shares_weights:
             self.weight_sync.engine.restore()
             self._last_loaded_step = -1  # the next rollout folds again
@@ -254,7 +263,7 @@ class FuraGRPOTrainer(GRPOTrainer):
             try:
                 return generate(*args, **kwargs)
             finally:
-                self.take_weights_back()
+                self._take_weights_back()
 
         return returning
 
@@ -360,17 +369,16 @@ class FuraGRPOTrainer(GRPOTrainer):
         """
         if self.held_out is None:
             return super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        self.sync_weights()
-        scores = self._timed("evaluation", self._score_held_out)()
-        self.take_weights_back()
+        with self.synced_sampler() as llm:
+            scores = self._timed("evaluation", self._score_held_out)(llm)
         metrics = {f"{metric_key_prefix}_{measure}": value for measure, value in scores.items()}
         super(GRPOTrainer, self).log(metrics)  # TRL's own would pour its half-gathered training metrics in
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _score_held_out(self) -> dict[str, float]:
+    def _score_held_out(self, llm: Any) -> dict[str, float]:
         """The same figures in every process, from the one that has an engine."""
-        generation, llm = self.vllm_generation, self.sampler
+        generation = self.vllm_generation
         scores = [None if llm is None else self.held_out.score(llm)]
         if llm is not None:
             llm.reset_prefix_cache()

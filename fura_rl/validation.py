@@ -117,7 +117,9 @@ def read(parser: TrlParser, name: str, given: Given, field: dataclasses.Field, h
     if not isinstance(given.value, tuple):  # argparse takes a default as it is, so a value of YAML is looked at here
         if given.value is None and (type(None) in allowed or field.default is None):
             return None
-        if type(given.value) in allowed & {dict, list} and not takes_words(parser, name):
+        if isinstance(given.value, dict) and dict in allowed:
+            return given.value
+        if isinstance(given.value, list) and {list, str} <= allowed:  # the command line takes one of them
             return given.value
         misfit = isinstance(given.value, list) != (list in allowed) and str not in allowed
         if misfit or isinstance(given.value, dict) or given.value is None:
@@ -131,11 +133,6 @@ def read(parser: TrlParser, name: str, given: Given, field: dataclasses.Field, h
         one = "one value; a list goes into a YAML file" if list in allowed else f"{expected}, one only"
         raise ValueError(fault(name, given, one))
     return in_range(name, given, value, choices)
-
-
-def takes_words(parser: TrlParser, name: str) -> bool:
-    """Whether the command line takes a list of `name`, so that argparse can look at each of its words."""
-    return any(action.dest == name and action.nargs in ("+", "*") for action in parser._actions)
 
 
 def in_range(name: str, given: Given, value: Any, choices: Sequence[str]) -> Any:

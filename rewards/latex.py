@@ -10,6 +10,8 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator
 
+from rewards.extract import BRACE
+
 UNICODE = str.maketrans(
     {
         "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ",
@@ -75,7 +77,6 @@ ROMAN_FUNCTION = re.compile(
 )
 TEXT_PERCENT = re.compile(r"\\text\s*\{\s*(?:\\?%|percent|per cent|pct)\s*\}|\bper ?cent\b|(?<!\\)%")
 SPACE = re.compile(r"\s+")
-BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # and what is escaped, which is no brace
 MAX_PASSES = 4  # two do for all but garbage
 TRAILING = " \t\n.,;:*\\"
 SCAN = re.compile(r"\\begin\{[^{}]*\}|\\end\{[^{}]*\}|\\(?:langle|rangle)(?![A-Za-z])|\\[A-Za-z]+|\\.|.", re.DOTALL)

@@ -97,10 +97,7 @@ def test_an_unknown_adapter():
         (["--max_steps", "1.5"], r"max_steps='1.5' in the command line: expected a whole number"),
         (["--log_completions", "perhaps"], r"log_completions='perhaps' .* expected true or false"),
         (["--beta", "0", "1"], r"beta='0 1' in the command line: expected a number, one only"),
-        (
-            ["--report_to", "wandb", "none"],
-            r"report_to=.*expected one value; a list goes into a YAML file",
-        ),
+        (["--report_to", "wandb", "none"], r"report_to=.*expected one value; a list goes into a YAML file"),
         (["--lr_scheduler_type", "liner"], r"lr_scheduler_type='liner'.*one of linear, .*; did you mean 'linear'\?"),
         (["--vllm_mode", "serve"], r"expected one of colocate, server; did you mean 'server'\?"),
         (["--loss_type", "dap"], r"loss_type='dap'.*; did you mean 'dapo'\?"),

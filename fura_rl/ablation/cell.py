@@ -80,10 +80,9 @@ def score(run: Any, folder: Path, split: str, scoring: dict[str, Any]) -> dict[s
         "passes": {name: {"n": sampling.n} for name, sampling in passes.items()},
         "ks": scoring["k"],
     }
-    run.trainer.sync_weights()
     target = RunFolder.open(folder / split, settings, environment())
-    sample_all(run.trainer.vllm_generation.llm, run.tokenizer, problems, plan_batches(len(problems), passes), target)
-    run.trainer.take_weights_back()
+    with run.trainer.synced_sampler() as llm:
+        sample_all(llm, run.tokenizer, problems, plan_batches(len(problems), passes), target)
     return summarize_folder(target, problems, scoring["k"])
 
 

@@ -45,8 +45,7 @@ class SingleCopyEngine(InProcessEngine):
     def __init__(self, llm: LLM, policy: nn.Module) -> None:
         super().__init__(llm)
         self.policy = policy
-        self._pristine: dict[str, torch.Tensor] = {}  # adapted weights, in host memory
-        self._shared: dict[str, torch.Tensor] = {}  # where they lie in the engine
+        self._adapted: list[tuple[torch.Tensor, torch.Tensor]] = []  # where each lies in the engine; its pristine value
         self._folded = False
         base_model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
         base_model.register_forward_pre_hook(lambda *_: self.restore())
@@ -62,6 +61,8 @@ class SingleCopyEngine(InProcessEngine):
             except Unshareable as reason:
                 if weight.trained:
                     refused[name] = reason
+                else:
+                    weight.parameter.data = weight.parameter.data.to(self.model.device)  # `move_to_host` took it away
         if refused:
             name, reason = next(iter(refused.items()))
             raise ValueError(
@@ -74,7 +75,7 @@ class SingleCopyEngine(InProcessEngine):
             live.copy_(host)
             parameter.data = live
             if weights[name].trained:
-                self._pristine[name], self._shared[name] = host, live
+                self._adapted.append((live, host))
 
     def _place_of(self, weight: CheckpointWeight) -> torch.Tensor:
         """Where `weight` lies in the engine.
@@ -120,8 +121,8 @@ class SingleCopyEngine(InProcessEngine):
         """Give the policy its base weights back; the engine refuses to generate until the next push."""
         if not self._folded:
             return
-        for name, pristine in self._pristine.items():
-            self._shared[name].copy_(pristine, non_blocking=True)
+        for live, pristine in self._adapted:
+            live.copy_(pristine, non_blocking=True)
         self._folded = False
         self.model.poisoned = BETWEEN_ROLLOUTS
 

@@ -173,7 +173,7 @@ class WeightSync:
             FloatingPointError: where a trained parameter is not finite; the engine keeps the weights it has.
             StaleEngineError: where the engine does not compute what the trainer computes afterwards.
         """
-        started = time.perf_counter()
+        clock = [time.perf_counter()]
         self.weights = self._current_weights()
         with failing_together():
             refuse_non_finite(self.weights.values())
@@ -184,7 +184,7 @@ class WeightSync:
         ]
         watch = UpdateWatch(self)
         probed = self._first or self.version % self.probe_every == 0
-        clock = [time.perf_counter()]
+        clock.append(time.perf_counter())
         # before the push: where policy and engine share their storage, the policy's forward would undo it
         expected = self.score(self.model, self.probe_token_ids) if probed else None
         clock.append(time.perf_counter())
@@ -198,10 +198,10 @@ class WeightSync:
         gap = None if expected is None else self._probe(expected)
         self._first = False
         clock.append(time.perf_counter())
-        scoring, _, auditing, probing = (after - before for before, after in itertools.pairwise(clock))
+        _, scoring, _, auditing, probing = (after - before for before, after in itertools.pairwise(clock))
         return SyncReport(
             version=self.version,
-            seconds=clock[-1] - started,
+            seconds=clock[-1] - clock[0],
             phases={**push.phases, "audit": auditing + watch.seconds, "probe": scoring + probing},
             payload_bytes=push.payload_bytes,
             dense_bytes=sum(w.element_count for w in self.weights.values()) * self.engine.dtype.itemsize,
