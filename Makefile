@@ -1,6 +1,6 @@
 # make demo       install what is missing, then train the embedded quickstart (no GPU needed)
 # make test       install what is missing, then run the fast tests
-# make test-slow  the end-to-end tests
+# make test-slow  the end-to-end tests, two at a time where nothing is measured
 # make lint       ruff, format and rules
 # make audit      are the installed packages consistent, is a vulnerability known of one (asks PyPI where it can)
 #
@@ -23,7 +23,8 @@ test: $(READY)
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not alone" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "slow and alone"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 MAX_REQUESTS = 64  # at a time, where each prompt is a request
-TRANSPORTS = ("auto", "file", "inline")
 
 
 class TimeoutAdapter(HTTPAdapter):

@@ -24,12 +24,13 @@ from fura_rl.config import QUICKSTART, RunArguments, resolve_model
 from fura_rl.data import load_splits, pick_split, prepare
 from fura_rl.evaluation.held_out import HeldOut
 from fura_rl.fingerprint import describe_base, record
+from fura_rl.interrupt import SaveOnInterrupt
 from fura_rl.memory import OutOfMemory
 from fura_rl.metrics_file import MetricsFile
 from fura_rl.sync.probe import StaleEngineError
 from fura_rl.sync.remote_engine import EngineLostError, RemoteSyncError
 from fura_rl.sync.sharding import PeerFailedError
-from fura_rl.trainer import FuraGRPOTrainer, SaveOnInterrupt
+from fura_rl.trainer import FuraGRPOTrainer
 from rewards import load_reward
 
 logger = logging.getLogger(__name__)

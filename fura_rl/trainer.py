@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -34,18 +33,18 @@ from fura_rl.adapters.fura_config import FuraConfig
 from fura_rl.adapters.fura_tuner import restore_core_dtype
 from fura_rl.alarms import Alarms, AlarmSettings, importance_cut_frac, refuse_non_finite_rollouts
 from fura_rl.data import encode_prompts
-from fura_rl.evaluation.held_out import HeldOut, metric_faults
+from fura_rl.evaluation.held_out import HeldOut
 from fura_rl.memory import out_of_memory_in
 from fura_rl.randomness import drawing_from, rollout_seed
-from fura_rl.rollout_client import TRANSPORTS, RolloutClient, ServerSampler, client_factory
+from fura_rl.rollout_client import RolloutClient, ServerSampler, client_factory
 from fura_rl.sync import probe
 from fura_rl.sync.engine import RolloutEngine
 from fura_rl.sync.remote_engine import Follower
-from fura_rl.sync.rounding import ROUNDINGS
 from fura_rl.sync.sharding import failing_together
 from fura_rl.sync.single_copy import SingleCopyEngine, move_to_host
 from fura_rl.sync.vllm_engine import InProcessEngine, cpu_cache_settings
-from fura_rl.sync.weight_sync import SYNC_MODES, SyncReport, WeightSync
+from fura_rl.sync.weight_sync import SyncReport, WeightSync
+from fura_rl.trainer_settings import check_settings
 
 logger = logging.getLogger(__name__)
 
@@ -399,95 +398,6 @@ class FuraGRPOTrainer(GRPOTrainer):
         return super().evaluation_loop(*args, **kwargs)
 
 
-def check_settings(args: GRPOConfig | None, peft_config: PeftConfig | None, held_out: HeldOut | None = None) -> None:
-    """Refuse, before anything is loaded, what the sync or the evaluation cannot do.
-
-    Raises:
-        ValueError: with every fault at once.
-    """
-    faults = [] if args is None else sharding_faults(args, peft_config)
-    if held_out is not None:
-        faults += metric_faults(getattr(args, "metric_for_best_model", None), held_out)
-    if (transport := getattr(args, "sync_transport", "auto")) not in TRANSPORTS:
-        faults.append(f"sync_transport={transport!r} must be one of {', '.join(TRANSPORTS)}")
-    if (mode := getattr(args, "sync_mode", "auto")) not in SYNC_MODES:
-        faults.append(f"sync_mode={mode!r} must be one of {', '.join(SYNC_MODES)}")
-    faults += [] if args is None else sharing_faults(args, peft_config)
-    if set(getattr(peft_config, "modules_to_save", None) or ()) & {"embed_tokens", "lm_head"}:
-        faults.append(
-            "modules_to_save with embed_tokens or lm_head drifts from the engine where the two are tied; leave them out"
-        )
-    if getattr(args, "sync_probe_every", 1) < 1:
-        faults.append(f"sync_probe_every={args.sync_probe_every} must be at least 1")
-    if getattr(args, "sync_audit_every", 1) < 0:
-        faults.append(f"sync_audit_every={args.sync_audit_every} must be 0 (never) or more")
-    if "seed" in (getattr(args, "generation_kwargs", None) or {}):
-        faults.append("generation_kwargs names a seed, with which all completions of a prompt are the same: set `seed`")
-    if (rounding := getattr(args, "fold_rounding", "nearest")) not in ROUNDINGS:
-        faults.append(f"fold_rounding={rounding!r} must be one of {', '.join(ROUNDINGS)}")
-    if faults:
-        raise ValueError("; ".join(faults))
-
-
-def sharing_faults(args: GRPOConfig, peft_config: PeftConfig | None) -> list[str]:
-    """Why policy and engine cannot hold the base weights together, where `vllm_share_weights` asks for it."""
-    if not getattr(args, "vllm_share_weights", False):
-        return []
-    obstacles = {
-        f"vllm_mode={args.vllm_mode!r} has its weights in another process: use 'colocate'": (
-            not args.use_vllm or args.vllm_mode != "colocate"
-        ),
-        "vllm_enable_sleep_mode discards them while the policy trains: set it to false": args.vllm_enable_sleep_mode,
-        f"vllm_tensor_parallel_size={args.vllm_tensor_parallel_size} cuts them up: use 1": (
-            args.vllm_tensor_parallel_size > 1
-        ),
-        "full fine-tuning moves the base weights themselves: name an adapter": peft_config is None,
-    }
-    return [f"vllm_share_weights: {obstacle}" for obstacle, present in obstacles.items() if present]
-
-
-def sharding_faults(args: GRPOConfig, peft_config: PeftConfig | None) -> list[str]:
-    """What is wrong with how the launcher or `args` shard the policy.
-
-    Read from accelerate's environment variables: its state names a kind of sharding only once a trainer is made.
-    """
-    plugin = args.fsdp_plugin_args
-    fsdp = bool(plugin) or is_set("ACCELERATE_USE_FSDP")
-    zero = bool(args.deepspeed) or is_set("ACCELERATE_USE_DEEPSPEED")
-    faults = []
-    if (fsdp or zero) and args.use_vllm and args.vllm_mode == "colocate":
-        faults.append(
-            f"{'FSDP' if fsdp else 'DeepSpeed'} shards the policy, and vllm_mode='colocate' folds from whole base "
-            "weights: use vllm_mode='server', where the engine reads its own, or DDP"
-        )
-    version = (plugin or {}).get("fsdp_version", os.environ.get("FSDP_VERSION", "1"))
-    if fsdp and str(version) != "2":
-        faults.append(f"fsdp_version={version} flattens parameters, which the weight sync cannot read: use 2")
-    if zero and isinstance(peft_config, FuraConfig) and zero_stage(args) == 3:
-        faults.append(
-            "zero_stage=3 loads the base weights already cut up, and each FuRA adapter is made of a whole one: use "
-            "configs/accelerate/fsdp2.yaml, or zero2.yaml"
-        )
-    if fsdp and isinstance(peft_config, FuraConfig) and is_set("FSDP_CPU_RAM_EFFICIENT_LOADING"):
-        faults.append(
-            "fsdp_cpu_ram_efficient_loading=true leaves all processes but one without base weights, of which each "
-            "FuRA adapter is made: set it to false"
-        )
-    return faults
-
-
-def zero_stage(args: GRPOConfig) -> int | None:
-    """DeepSpeed's stage, from the arguments or from what `accelerate launch` was told; None where it is in a file."""
-    if isinstance(args.deepspeed, dict):
-        return args.deepspeed.get("zero_optimization", {}).get("stage")
-    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
-    return int(stage) if stage.isdigit() else None
-
-
-def is_set(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
-
-
 @contextmanager
 def trl_builds_with(**factories: Callable[..., Any]) -> Iterator[None]:
     """Let TRL build its engine or its client through ours: it passes vLLM neither dtype nor revision nor
@@ -614,38 +524,3 @@ def keep_core_dtype(policy: nn.Module) -> None:
     for name, config in getattr(policy, "peft_config", {}).items():
         if isinstance(config, FuraConfig):
             restore_core_dtype(policy, name, config.core_dtype or "float32")
-
-
-class SaveOnInterrupt(TrainerCallback):
-    """Ctrl-C or SIGTERM ends the run after the step in progress, with a checkpoint; a second Ctrl-C ends it at once.
-
-    A SIGTERM after a Ctrl-C is no second request: `accelerate launch` dies of the first and takes its child along.
-    """
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.received == number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if self.received is None:
-            self.received = number
-            name = signal.Signals(number).name
-            print(f"\n{name}: finishing this step, then saving a checkpoint; Ctrl-C once more to stop now", flush=True)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.received is not None:
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
 from fura_rl.adapters.registry import peft_config_for
+from fura_rl.sync.engine import Push, Update
+from fura_rl.sync.factors import Factors
 from fura_rl.sync.http_transport import HttpTransport
+from fura_rl.sync.probe import StaleEngineError
 from fura_rl.sync.remote_engine import Follower, RemoteEngine
 from fura_rl.sync.sharding import PeerFailedError, is_piece, local, whole
 from fura_rl.sync.weight_sync import WeightSync
@@ -104,6 +108,8 @@ def train_and_sync(accelerator: Accelerator, case: str, model: str, url: str) ->
     }
     if accelerator.is_main_process:
         result |= served(sync)
+    if case == "full":
+        result["half-stale"] = error_of_a_weight_that_arrived_by_half(accelerator, policy, sync)
     result["non-finite"] = error_of_a_nan_in_the_last_process(accelerator, policy, sync)
     if accelerator.is_main_process:
         engine.close()
@@ -118,6 +124,30 @@ def served(sync: WeightSync) -> dict[str, Any]:
         "logprobs": sync.engine.prompt_logprobs(TOKENS),
         "replies": {name: reply.output for name, reply in sync.engine.kernel_replies(spans)[0].items()},
     }
+
+
+@torch.no_grad()
+def error_of_a_weight_that_arrived_by_half(accelerator: Accelerator, policy: torch.nn.Module, sync: WeightSync) -> str:
+    """One more sync, in which the last half of one weight's rows stays as it was: those of process 1 under FSDP2."""
+    name = next(name for name in sync.weights if name.endswith("q_proj.weight"))
+    before = sync.weights[name].value().clone()
+    for parameter in policy.parameters():
+        local(parameter).mul_(1.01)
+    push = sync.engine.push
+
+    def push_half(update: Update) -> Push:
+        factors = dict(update.factors)
+        weight = factors[name].tensors["weight"].clone()
+        weight[len(weight) // 2 :] = before[len(before) // 2 :]
+        return push(replace(update, factors=factors | {name: Factors("dense", {"weight": weight})}))
+
+    if accelerator.is_main_process:
+        sync.engine.push = push_half
+    try:
+        sync.sync()
+    except (StaleEngineError, PeerFailedError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """The arithmetic of the audit, on plain matrices in place of an engine's kernels."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fura_rl.sync.audit import (
     probe_vectors,
     sample_spans,
     stale_modules,
+    worst,
 )
 
 
@@ -52,6 +54,23 @@ def test_gain_is_1_for_the_new_weight_0_for_the_old_and_what_lies_between(base):
     assert stale_modules({"fresh": 1.0, "stale": 0.1, "broken": float("nan"), "wild": 40.0}) == [
         "stale", "broken", "wild",
     ]  # fmt: skip
+
+
+def test_of_several_gains_the_worst_counts():
+    assert worst([0.98, 1.03, 1.0]) == 1.03
+    assert worst([1.0, 0.0]) == 0.0
+    assert worst([1.0, 4.0]) == 4.0, "what moved too far is as wrong as what did not move"
+    assert math.isnan(worst([0.0, float("nan"), 4.0]))
+
+
+def test_processes_share_the_rows_to_look_at():
+    alone, of_four, of_many = (sample_spans((64, 4096), processes) for processes in (1, 4, 64))
+    assert [len(spans) for spans in (alone, of_four, of_many)] == [16, 4, 4]
+    for spans in (alone, of_four):
+        assert spans[0][0] == 64
+        assert spans[-1][1] == 4096
+    assert sample_spans((64, 96), 4) == [(64, 96)]
+    assert sample_spans((64, 64), 4) == []
 
 
 def test_an_accepted_update_is_the_start_of_the_next(base):

@@ -15,7 +15,8 @@ from trl import GRPOConfig
 from fura_rl import FuraConfig
 from fura_rl.adapters.registry import find_method, peft_config_for
 from fura_rl.config import DATACLASSES, parse_arguments, resolve_model
-from fura_rl.trainer import check_settings
+from fura_rl.grpo_config import FuraGRPOConfig
+from fura_rl.trainer_settings import check_settings
 from fura_rl.validation import CHOICES, RULES, TOGETHER
 
 SCRIPT = REPOSITORY / "launch" / "grpo_math.py"
@@ -210,3 +211,19 @@ def test_zero_3_which_leaves_no_whole_weight_is_refused_for_fura(stage, adapter,
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
     with nullcontext() if message is None else pytest.raises(ValueError, match=message):
         check_settings(args, adapter)
+
+
+def test_a_script_of_ones_own_is_told_of_all_bad_values_too(tmp_path):
+    args = FuraGRPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, sync_mode="densely", sync_probe_every=0,
+        sync_audit_every=-1, alarm_truncated_frac=1.5,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="sync_mode='densely' must be one of auto, dense, factored") as refusal:
+        check_settings(args, None)
+    for text in (
+        "sync_probe_every=0 must be 1 or more",
+        "sync_audit_every=-1 must be 0 or more",
+        "alarm_truncated_frac=1.5 must be a share between 0 and 1",
+    ):
+        assert text in str(refusal.value)
+    check_settings(FuraGRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False), None)

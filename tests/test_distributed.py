@@ -84,6 +84,7 @@ def test_a_sharded_trainer_brings_the_engine_where_a_single_process_does(
         case, []
     )  # no base to compare with
     assert result["gains"] == [*unseen, *[pytest.approx(1.0, abs=0.01)] * (3 - len(unseen))]
+    assert other["gains"] == (result["gains"] if kind == "fsdp2" else [None] * 3)
     assert other["gaps"] == [None] * 3
     single = sync_in_one_process(case, result["trained"], rollout_server)
     assert single["payload"] == result["payload"], "the same bytes"
@@ -113,6 +114,13 @@ def sync_in_one_process(case, tensors, server):
 @pytest.mark.parametrize("case", [case for case in CASES if case not in ("full", "fura-core")])
 def test_no_base_weight_is_gathered_for_a_sync(case, trained):
     assert all(trained("fsdp2")[case, process]["gathered"] == [] for process in (0, 1))
+
+
+def test_rows_that_only_another_process_holds_are_audited_too(trained):
+    for process in (0, 1):
+        words = trained("fsdp2")["full", process]["half-stale"]
+        assert words.startswith("StaleEngineError: weight sync failed its audit: 1 of"), words
+        assert "model.layers.0.self_attn.q_proj.weight (gain" in words
 
 
 @pytest.mark.parametrize("kind", LAUNCHERS)

@@ -13,7 +13,7 @@ from fura_rl.adapters.registry import peft_config_for
 from fura_rl.sync.remote_engine import RemoteEngine, RemoteSyncError
 from fura_rl.sync.weight_sync import WeightSync
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 PROBE = list(range(5, 45))
 PARITY = 1e-5
 CASES = {

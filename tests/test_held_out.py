@@ -13,7 +13,7 @@ from fura_rl.data import load_splits
 from fura_rl.evaluation.estimators import doubling_ks
 from fura_rl.evaluation.held_out import HeldOut
 from fura_rl.run import load_held_out, prepare_run, train
-from fura_rl.trainer import check_settings
+from fura_rl.trainer_settings import check_settings
 
 OPTIONS = [
     *("--config", str(REPOSITORY / "configs" / "quickstart.yaml"), "--max_steps", "6", "--learning_rate", "1e-2"),

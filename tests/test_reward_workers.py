@@ -365,6 +365,7 @@ def load_hostile():
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("mode", list(MODES))
 def test_the_hostile_file_between_good_items(mode):
     rows = load_hostile()
@@ -403,6 +404,7 @@ def test_the_hostile_file_between_good_items(mode):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_memory_stays_flat_over_20000_items():
     pool = WorkerPool(2)
     me = psutil.Process()

@@ -25,7 +25,7 @@ from fura_rl.sync.http_transport import HttpTransport
 from fura_rl.sync.remote_engine import EngineLostError, OwnedByAnotherError, RemoteEngine, RemoteSyncError
 from fura_rl.sync.weight_sync import WeightSync
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 RECOVERY_SECONDS = 30
 PROMPTS = [TOKENS[:n] for n in (8, 12, 16, 20)]

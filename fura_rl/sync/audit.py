@@ -22,6 +22,7 @@ from fura_rl.sync.factors import Span
 
 VECTORS = 8  # vectors through every kernel; entries are +1 and -1, which every dtype holds exactly
 SAMPLED_SPANS, SPAN_ROWS = 16, 8  # output features looked at: this many stretches of so many, spread over all
+FEWEST_SPANS = 4  # of one process
 STALE_BELOW = 0.5
 LOST_ABOVE = 2.0  # a kernel that moves by more than twice its update holds something else altogether
 # An update smaller than this, relative to the weight, is left to add up until it stands out of the reply's rounding:
@@ -116,18 +117,16 @@ class KernelAudit:
     def gains(self, engine: Kernels) -> dict[str, float]:
         """The gain of every layer whose update is large enough to be seen through the engine's rounding.
 
-        Of a weight that several workers or replicas hold, the least.
+        Of a weight that several workers or replicas hold, the worst.
         """
         due = dict(self._due(torch.finfo(engine.dtype).eps))
-        if not due:
-            return {}
         workers = engine.kernel_replies({name: self._spans[name] for name in due})
         gains = {}
         for name, update in due.items():
             replies = complete_replies([worker[name] for worker in workers if name in worker])
             found = [self._gain(name, update, reply, features) for reply, features in replies]
             if found:
-                gains[name] = min(found, key=lambda gain: -math.inf if math.isnan(gain) else gain)
+                gains[name] = worst(found)
         return gains
 
     def _gain(self, name: str, update: torch.Tensor, reply: torch.Tensor, features: torch.Tensor) -> float:
@@ -171,17 +170,26 @@ def complete_replies(shares: list[KernelReply]) -> list[tuple[torch.Tensor, torc
     return complete
 
 
+def worst(gains: Iterable[float]) -> float:
+    """The one furthest from 1; one that is not a number is further than any."""
+    return max(gains, key=lambda gain: math.inf if math.isnan(gain) else abs(gain - 1))
+
+
 def stale_modules(gains: dict[str, float]) -> list[str]:
     """The layers whose kernel does not hold the weight it was sent; a gain that is not a number counts."""
     return [name for name, gain in gains.items() if not STALE_BELOW <= gain <= LOST_ABOVE]
 
 
-def sample_spans(rows: Span) -> list[Span]:
-    """Stretches of output features spread over `rows`; every one where there are few."""
+def sample_spans(rows: Span, processes: int = 1) -> list[Span]:
+    """Stretches of output features spread over `rows`; every one where there are few.
+
+    Where each of so many `processes` looks at rows of its own, fewer of them each, but enough to judge by.
+    """
     first, count = rows[0], rows[1] - rows[0]
-    if count <= SAMPLED_SPANS * SPAN_ROWS:
+    spans = max(FEWEST_SPANS, SAMPLED_SPANS // processes)
+    if count <= spans * SPAN_ROWS:
         return [rows] if count else []
-    starts = [first + i * (count - SPAN_ROWS) // (SAMPLED_SPANS - 1) for i in range(SAMPLED_SPANS)]
+    starts = [first + i * (count - SPAN_ROWS) // (spans - 1) for i in range(spans)]
     return [(start, start + SPAN_ROWS) for start in starts]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from fura_rl.adapters.quantized import keep_layout
@@ -23,7 +24,8 @@ from fura_rl.sync.fold import CheckpointWeight, checkpoint_weights
 from fura_rl.sync.fold_rules import shifts_its_base
 from fura_rl.sync.remote_engine import Follower
 from fura_rl.sync.rounding import ROUNDINGS
-from fura_rl.sync.sharding import failing_together, local
+from fura_rl.sync.sharding import failing_together, is_piece, local
+from fura_rl.sync.shared_audit import SharedKernels, worst_gains
 
 logger = logging.getLogger(__name__)
 
@@ -182,18 +184,21 @@ class WeightSync:
             for weight in self.weights.values()
             if everything or weight.trained or (self._first and weight.quantized is not None)
         ]
-        watch = UpdateWatch(self)
+        # of a policy in pieces every process audits the rows it holds, else the one that speaks to the engine all
+        shared = any(is_piece(weight.parameter) for weight in self.weights.values())
+        watch = UpdateWatch(self, shared)
         probed = self._first or self.version % self.probe_every == 0
         clock.append(time.perf_counter())
         # before the push: where policy and engine share their storage, the policy's forward would undo it
         expected = self.score(self.model, self.probe_token_ids) if probed else None
         clock.append(time.perf_counter())
-        audited = self.audit_every and (self._first or self.version % self.audit_every == 0) and not self.follows
+        audited = self.audit_every and (self._first or self.version % self.audit_every == 0)
         with failing_together():
             push = self._push(chosen, watch)
-            clock.append(time.perf_counter())
-            gains = self._audit() if audited else {}
-            clock.append(time.perf_counter())
+        clock.append(time.perf_counter())
+        with failing_together():
+            gains = self._audit(shared) if audited and (shared or not self.follows) else {}
+        clock.append(time.perf_counter())
         self.version += 1
         gap = None if expected is None else self._probe(expected)
         self._first = False
@@ -263,22 +268,30 @@ class WeightSync:
 
         return unshifted
 
-    def _audit(self) -> dict[str, float]:
+    def _audit(self, shared: bool) -> dict[str, float]:
         """The gains of the engine's kernels, all fresh; what is stale is sent once more before the run is stopped.
+
+        Where the audit is `shared`, collective and with the same outcome in every process.
 
         Raises:
             StaleEngineError: naming the modules that did not take their weights twice.
         """
         self._expect_of_experts()
-        gains = self.audit.gains(self.engine)
+        own, gains = self._gains(shared)
         if stale := stale_modules(gains):
             logger.warning("weight sync: %s did not take the new weights; sending them once more", ", ".join(stale))
-            self.engine.resend()
-            gains = self.audit.gains(self.engine)
+            with failing_together():
+                self.engine.resend()
+            own, gains = self._gains(shared)
         if stale := stale_modules(gains):
             raise probe.StaleEngineError(stale_message(stale, gains))
-        self.audit.accept(gains)
+        self.audit.accept(own)
         return gains
+
+    def _gains(self, shared: bool) -> tuple[dict[str, float], dict[str, float]]:
+        """The gains that this process finds, and the worst that any does."""
+        own = self.audit.gains(SharedKernels(self.engine) if shared else self.engine)
+        return own, worst_gains(own) if shared else own
 
     def _probe(self, trainer: torch.Tensor) -> float | None:
         """The largest gap between the policy's log-probs of the probe, `trainer`, and the engine's."""
@@ -315,9 +328,10 @@ def stale_message(stale: list[str], gains: dict[str, float]) -> str:
 class UpdateWatch:
     """Looks at a sample of every trained weight on its way: what the audit must see, and what rounding leaves of it."""
 
-    def __init__(self, sync: WeightSync) -> None:
+    def __init__(self, sync: WeightSync, shared: bool) -> None:
         self._audit = sync.audit if sync.audit_every else None
-        self._engine, self._follows = sync.engine, sync.follows
+        self._engine, self._processes = sync.engine, dist.get_world_size() if shared else 1
+        self._looks_away = sync.follows and not shared  # another process looks at the same
         self._read = sync._checkpoint_read
         self.cosine = UpdateCosine()
         self.all_bases_kept = True  # whether every trained weight has its base value at hand, for the cosine
@@ -333,10 +347,11 @@ class UpdateWatch:
         if self.saw(weight):
             return
         self._seen.add(weight.name)
-        if self._follows or len(weight.shape) != 2 or not weight.trained:
+        if self._looks_away or len(weight.shape) != 2 or not weight.trained:
             return
         started = time.perf_counter()
-        spans, columns = sample_spans(whole_blocks(weight.local_rows, factors)), (0, weight.shape[1])
+        spans = sample_spans(whole_blocks(weight.local_rows, factors), self._processes)
+        columns = 0, weight.shape[1]
         if not spans:
             return
         read = self._read(weight) if weight.layer is not None else None
