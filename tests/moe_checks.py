@@ -62,7 +62,7 @@ def test_a_mixture_of_experts_follows_its_policy(moe, adapter):
         perturb_trained(policy, 0.1, seed=step)
         assert sync.sync().probe_max_gap < PARITY_NATS
     moved = (engine.prompt_logprobs(PROBE) - start_logprobs).abs().max()
-    assert moved > 100 * PARITY_NATS, "it must move"
+    assert moved > 1000 * PARITY_NATS, "it must move"
 
 
 @pytest.mark.parametrize("adapter", [EXPERT_LORA, "full"], ids=["lora experts", "full"])

@@ -62,7 +62,7 @@ def test_a_folded_checkpoint_is_the_policy_for_every_method(name, tied_checkpoin
     assert gap < PARITY_NATS
     base = AutoModelForCausalLM.from_pretrained(tied_checkpoint)
     moved = probe.max_gap(probe.trainer_logprobs(base, ids), probe.trainer_logprobs(plain, ids))
-    assert moved > 20 * PARITY_NATS, "the export must differ from the base"
+    assert moved > 200 * PARITY_NATS, "the export must differ from the base"
     assert float(re.search(r"difference to the policy: (\S+) nats", told).group(1)) < PARITY_NATS
 
 

@@ -66,7 +66,7 @@ def test_engine_and_trainer_agree_after_many_syncs(engines, checkpoint, adapter)
         assert report.audit_gain_min == pytest.approx(1.0, abs=0.01)
         assert report.version == step + 2
     moved = probe.max_gap(start, probe.trainer_logprobs(policy, sync.probe_token_ids))
-    assert moved > 20 * PARITY_NATS, "it must move; HiRA's products move least"
+    assert moved > 200 * PARITY_NATS, "it must move; HiRA's products move least"
 
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -102,7 +102,7 @@ def test_the_engine_serves_folded_weights_of_every_storage(engines, adapter, ada
         perturb_trained(policy, 0.05, seed=step)
         assert sync.sync().probe_max_gap < tolerance
     moved = probe.max_gap(start, probe.trainer_logprobs(policy, sync.probe_token_ids))
-    assert moved > 100 * PARITY_NATS, "it must move"
+    assert moved > 1000 * PARITY_NATS, "it must move"
 
 
 def test_a_fused_module_arrives_whole_when_only_one_member_is_adapted(engines):
