@@ -10,8 +10,9 @@ from trl import ModelConfig
 from fura_rl.adapters.fura_tuner import fura_layers
 from fura_rl.adapters.registry import METHODS, peft_config_for
 from fura_rl.sync import probe
+from fura_rl.sync.update_watch import UpdateCosine
 from fura_rl.sync.vllm_engine import InProcessEngine, find_model_runner
-from fura_rl.sync.weight_sync import UpdateCosine, WeightSync
+from fura_rl.sync.weight_sync import WeightSync
 
 PROMPT = "<|user|>What is 27 + 15?<|end|><|assistant|>27+15=42 \\boxed{42}"
 

@@ -15,10 +15,10 @@ from torch import nn
 
 from fura_rl.adapters.quantized import keep_layout
 from fura_rl.sync import expert_audit, probe
-from fura_rl.sync.audit import ROUNDINGS_PER_DRAW, KernelAudit, sample_spans, stale_modules
-from fura_rl.sync.engine import LazyFactors, Push, RolloutEngine, Update, rounding_generator
+from fura_rl.sync.audit import KernelAudit, stale_modules
+from fura_rl.sync.engine import LazyFactors, Push, RolloutEngine, Update
 from fura_rl.sync.expert_audit import expert_layers
-from fura_rl.sync.factors import Factors, Read, Span, fold_rows, fold_slice
+from fura_rl.sync.factors import Factors, Read, Span, fold_slice
 from fura_rl.sync.fingerprint import Sample, base_sample
 from fura_rl.sync.fold import CheckpointWeight, checkpoint_weights
 from fura_rl.sync.fold_rules import shifts_its_base
@@ -26,6 +26,7 @@ from fura_rl.sync.remote_engine import Follower
 from fura_rl.sync.rounding import ROUNDINGS
 from fura_rl.sync.sharding import failing_together, is_piece, local
 from fura_rl.sync.shared_audit import SharedKernels, worst_gains
+from fura_rl.sync.update_watch import UpdateWatch
 
 logger = logging.getLogger(__name__)
 
@@ -66,26 +67,6 @@ class SyncReport:
             "sync/update_cosine": self.update_cosine,
         }
         return {name: value for name, value in values.items() if value is not None}
-
-
-class UpdateCosine:
-    """Accumulates <exact, delivered> / (|exact| |delivered|) over layers, in float64."""
-
-    def __init__(self) -> None:
-        self.dot = self.exact_square = self.delivered_square = 0.0
-
-    def add(self, exact: torch.Tensor, delivered: torch.Tensor) -> None:
-        exact, delivered = exact.flatten().double(), delivered.flatten().double()
-        self.dot += float(exact @ delivered)
-        self.exact_square += float(exact @ exact)
-        self.delivered_square += float(delivered @ delivered)
-
-    def value(self) -> float:
-        if self.exact_square == 0:
-            return 1.0
-        if self.delivered_square == 0:
-            return 0.0
-        return self.dot / (self.exact_square * self.delivered_square) ** 0.5
 
 
 class WeightSync:
@@ -186,7 +167,13 @@ class WeightSync:
         ]
         # of a policy in pieces every process audits the rows it holds, else the one that speaks to the engine all
         shared = any(is_piece(weight.parameter) for weight in self.weights.values())
-        watch = UpdateWatch(self, shared)
+        watch = UpdateWatch(
+            self.audit if self.audit_every else None,
+            self.engine.dtype,
+            self._checkpoint_read,
+            processes=dist.get_world_size() if shared else 1,
+            looks=shared or not self.follows,
+        )
         probed = self._first or self.version % self.probe_every == 0
         clock.append(time.perf_counter())
         # before the push: where policy and engine share their storage, the policy's forward would undo it
@@ -323,84 +310,6 @@ def stale_message(stale: list[str], gains: dict[str, float]) -> str:
         f"sent, twice: {shown}{more}. Gain 1 is fresh, 0 stale. Likely cause: {cause}. Rollouts would come from "
         "another policy than the one trained, so the run stops here"
     )
-
-
-class UpdateWatch:
-    """Looks at a sample of every trained weight on its way: what the audit must see, and what rounding leaves of it."""
-
-    def __init__(self, sync: WeightSync, shared: bool) -> None:
-        self._audit = sync.audit if sync.audit_every else None
-        self._engine, self._processes = sync.engine, dist.get_world_size() if shared else 1
-        self._looks_away = sync.follows and not shared  # another process looks at the same
-        self._read = sync._checkpoint_read
-        self.cosine = UpdateCosine()
-        self.all_bases_kept = True  # whether every trained weight has its base value at hand, for the cosine
-        self.seconds = 0.0
-        self._seen: set[str] = set()
-
-    def saw(self, weight: CheckpointWeight) -> bool:
-        return weight.name in self._seen
-
-    @torch.no_grad()
-    def note(self, weight: CheckpointWeight, factors: Factors, rounding_seed: int | None) -> None:
-        """Fold the sampled rows of one weight as the engine will, and exactly."""
-        if self.saw(weight):
-            return
-        self._seen.add(weight.name)
-        if self._looks_away or len(weight.shape) != 2 or not weight.trained:
-            return
-        started = time.perf_counter()
-        spans = sample_spans(whole_blocks(weight.local_rows, factors), self._processes)
-        columns = 0, weight.shape[1]
-        if not spans:
-            return
-        read = self._read(weight) if weight.layer is not None else None
-        device = next(iter(factors.tensors.values())).device
-        rounds = self._engine.dtype.itemsize < 4
-
-        def rows(dtype: torch.dtype, generator: torch.Generator | None = None) -> torch.Tensor:
-            return sampled_rows(read, factors, spans, columns, dtype, device, generator)
-
-        delivered = rows(self._engine.dtype, rounding_generator(rounding_seed, weight.name, device))
-        wants_base = rounds or (self._audit is not None and self._audit.starts_at(weight.name, spans))
-        base = torch.cat([read(span, columns) for span in spans]) if read is not None and wants_base else None
-        if rounds and base is not None:
-            exact = rows(torch.promote_types(base.dtype, torch.float32))
-            start = base.to(self._engine.dtype).float()
-            self.cosine.add(exact - base.to(exact.dtype), delivered.float() - start)
-        elif rounds:
-            self.all_bases_kept = False
-        if self._audit is not None and (rounding_seed is None or not rounds):
-            self._audit.expect(weight.name, delivered, base, spans)
-        elif self._audit is not None:  # the engine's draw of each weight is not repeated row by row
-            expected = exact if base is not None else delivered.float()
-            self._audit.expect(weight.name, expected, base, spans, ROUNDINGS_PER_DRAW)
-        self.seconds += time.perf_counter() - started
-
-
-def whole_blocks(rows: Span, factors: Factors) -> Span:
-    """Those of `rows` that fold from `rows` alone: row blocks that other processes share are left out."""
-    if factors.rule != "block_rows":
-        return rows
-    size = factors.tensors["update"].shape[-1]
-    first, last = -(-rows[0] // size) * size, rows[1] // size * size
-    return (first, last) if first < last else (rows[0], rows[0])
-
-
-def sampled_rows(
-    read: Read | None,
-    factors: Factors,
-    spans: list[Span],
-    columns: Span,
-    dtype: torch.dtype,
-    device: torch.device,
-    generator: torch.Generator | None = None,
-) -> torch.Tensor:
-    """Rows `spans` of the folded weight, (features, in), one span after another, in `dtype`."""
-    count = sum(last - first for first, last in spans)
-    out = torch.empty(count, columns[1] - columns[0], dtype=dtype, device=device)
-    fold_rows(read, factors, spans, columns, out, generator)
-    return out
 
 
 def starts_of_shifted_bases(weights: Iterable[CheckpointWeight], model: nn.Module) -> dict[str, Factors]:
