@@ -18,28 +18,14 @@ from typing import Any
 
 import numpy as np
 import requests
-from requests.adapters import HTTPAdapter
 from trl.generation.vllm_client import VLLMClient
 
-from fura_rl.sync.http_transport import HttpTransport, authorization
+from fura_rl.sync.http_transport import MAX_REQUESTS, HttpTransport, authorization, limit_every_wait
 from fura_rl.sync.remote_engine import EngineLostError, RemoteEngine, RemoteSyncError, Replicas
 
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
-MAX_REQUESTS = 64  # at a time, where each prompt is a request
-
-
-class TimeoutAdapter(HTTPAdapter):
-    """Requests that end: `seconds` without an answer is an error.  No retries, since not every call may run twice."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        super().__init__(pool_maxsize=MAX_REQUESTS)
-
-    def send(self, request: Any, *args: Any, **kwargs: Any) -> Any:
-        kwargs["timeout"] = kwargs.get("timeout") or self.seconds
-        return super().send(request, *args, **kwargs)
 
 
 class SingleClient(VLLMClient):
@@ -51,8 +37,7 @@ class SingleClient(VLLMClient):
 
     def check_server(self, total_timeout: float = 0.0, retry_interval: float = 0.5) -> None:
         self.session.headers.update(authorization())
-        for scheme in ("http://", "https://"):
-            self.session.mount(scheme, TimeoutAdapter(self.timeout))
+        limit_every_wait(self.session, self.timeout)
         transport = HttpTransport(self.base_url)
         transport.wait_until_up(total_timeout)
         transport.request("GET", "/v1/models")  # a wrong token is told as such, before TRL asks

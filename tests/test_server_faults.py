@@ -16,6 +16,7 @@ import torch
 from conftest import PARITY_NATS, REPOSITORY, make_tiny_checkpoint, perturb_trained
 from distributed_trainer import TOKENS, policy_of
 from rollout_server import child_environment
+from slow_network import slow_network
 
 from fura_rl.rollout_client import RolloutClient
 from fura_rl.sync import probe
@@ -166,6 +167,36 @@ def test_a_server_that_hangs_is_a_clear_error_in_time(trainer, rollout_server):
             process.resume()
         client.engine.transport.timeout = 240.0
     assert client.generate(PROMPTS, **SAMPLING)["completion_ids"]
+
+
+def test_a_slow_network_costs_time_and_nothing_else(rollout_server):
+    policy = policy_of("fura", rollout_server.model)
+    with slow_network(rollout_server.port, bytes_per_second=200_000) as url:
+        client = RolloutClient(url, connection_timeout=240.0, payload_transport="inline")
+        sync = WeightSync(policy, client.engine, TOKENS, probe_every=1)
+        report = sync.sync()
+        assert report.probe_max_gap < PARITY_NATS
+        assert report.seconds > report.payload_bytes / 200_000, "the network must have been slow"
+        output = client.generate(PROMPTS, **SAMPLING)
+        client.close()
+    assert sampled_from(policy, output, PROMPTS, SAMPLING["n"]) < PARITY_NATS
+    assert client.resampled_batches == 0
+
+
+def test_a_network_that_trickles_is_a_clear_error_in_time(trainer, rollout_server):
+    """Something arrives all the time, so that no limit between two pieces would ever end it."""
+    with slow_network(rollout_server.port, bytes_per_second=400) as url:
+        started = time.monotonic()
+        with pytest.raises(EngineLostError, match=r"did not answer within 4 s.*or the network is slow"):
+            HttpTransport(url, timeout=4.0).request("GET", "/server_info", params={"config_format": "json"})
+        assert time.monotonic() - started < 8
+        client = RolloutClient(rollout_server.url, connection_timeout=5.0)
+        client.engine = trainer[2].engine
+        client.clients[0].base_url = url
+        started = time.monotonic()
+        with pytest.raises(EngineLostError, match=r"no batch of rollouts arrived whole in 3 attempts.*in time"):
+            client.generate(PROMPTS, **SAMPLING)
+        assert time.monotonic() - started < RECOVERY_SECONDS
 
 
 def test_a_payload_with_a_nan_is_refused_and_touches_nothing(trainer):

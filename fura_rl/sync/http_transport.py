@@ -12,17 +12,57 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlparse
 
 import requests
 import torch
+from requests.adapters import HTTPAdapter
+from urllib3 import HTTPResponse
 
 from fura_rl.serve import TOKEN_VARIABLE
 from fura_rl.sync.remote_engine import LEASE_SECONDS, EngineLostError, RemoteSyncError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "0.0.0.0")
+MAX_REQUESTS = 64  # at a time, where each prompt is a request
+
+
+class TimeoutAdapter(HTTPAdapter):
+    """Requests that end: a reply that has not arrived whole after `seconds` is an error.  No retries, since not every
+    call may run twice."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        super().__init__(pool_maxsize=MAX_REQUESTS)
+
+    def send(self, request: Any, *args: Any, **kwargs: Any) -> requests.Response:
+        kwargs["timeout"] = seconds = kwargs.get("timeout") or self.seconds
+        deadline = time.monotonic() + seconds
+        reply = super().send(request, *args, **kwargs)
+        # requests counts its limit anew for every piece that arrives, so that a trickle could go on for ever
+        reply.raw.stream = functools.partial(pieces_until, deadline, reply.raw)
+        return reply
+
+
+def pieces_until(
+    deadline: float, body: HTTPResponse, amt: int = 2**16, decode_content: bool | None = None
+) -> Iterator[bytes]:
+    """`body.stream`, by what has arrived and not by whole chunks.
+
+    Raises:
+        ReadTimeout: where `deadline` (of `time.monotonic`) passes before the end.
+    """
+    while piece := body.read1(amt, decode_content):
+        yield piece
+        if time.monotonic() > deadline:
+            body.close()
+            raise requests.ReadTimeout("the reply did not arrive whole in time")
+
+
+def limit_every_wait(session: requests.Session, seconds: float) -> None:
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, TimeoutAdapter(seconds))
 
 
 def authorization(token: str | None = None) -> dict[str, str]:
@@ -49,6 +89,7 @@ class HttpTransport:
         self.payload_transport = ("file" if local else "inline") if payload_transport == "auto" else payload_transport
         self.session = requests.Session()
         self.session.headers.update(authorization())
+        limit_every_wait(self.session, timeout)
 
     def request(self, verb: str, path: str, timeout: float | None = None, **options: Any) -> Any:
         """The JSON of a reply.
@@ -62,7 +103,7 @@ class HttpTransport:
         except requests.Timeout as error:
             raise EngineLostError(
                 f"{self.address}{path} did not answer within {timeout or self.timeout:.0f} s: the server hangs or is "
-                "overloaded; restart it, or raise vllm_server_timeout"
+                "overloaded, or the network is slow; restart it, or raise vllm_server_timeout"
             ) from error
         except requests.RequestException as error:
             reason = type(error).__name__
