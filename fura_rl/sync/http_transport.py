@@ -13,16 +13,18 @@ import os
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 import requests
 import torch
 from requests.adapters import HTTPAdapter
-from urllib3 import HTTPResponse
 
 from fura_rl.serve import TOKEN_VARIABLE
 from fura_rl.sync.remote_engine import LEASE_SECONDS, EngineLostError, RemoteSyncError
+
+if TYPE_CHECKING:
+    from urllib3 import HTTPResponse
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "0.0.0.0")
 MAX_REQUESTS = 64  # at a time, where each prompt is a request
