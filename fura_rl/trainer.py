@@ -37,6 +37,7 @@ from fura_rl.evaluation.held_out import HeldOut
 from fura_rl.memory import out_of_memory_in
 from fura_rl.randomness import drawing_from, rollout_seed
 from fura_rl.rollout_client import RolloutClient, ServerSampler, client_factory
+from fura_rl.serve import free_port
 from fura_rl.sync import probe
 from fura_rl.sync.engine import RolloutEngine
 from fura_rl.sync.remote_engine import Follower
@@ -95,6 +96,8 @@ class FuraGRPOTrainer(GRPOTrainer):
         self._client: RolloutClient | None = None
         transport = getattr(args, "sync_transport", "auto")
         client = client_factory(transport, keep=lambda client: setattr(self, "_client", client))
+        # TRL looks for a free port among the same few in every process: two runs that start together would take one
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
         with trl_builds_with(LLM=self._make_engine, VLLMClient=client):
             super().__init__(model, timed, args, peft_config=peft_config, **kwargs)
         keep_core_dtype(self.accelerator.unwrap_model(self.model))

@@ -367,19 +367,6 @@ def test_finished_cells_are_not_run_again_and_one_failure_does_not_stop_the_rest
     assert "6 cells, 3 done already" in told
 
 
-def test_cells_that_start_together_get_ports_of_their_own(tmp_path, monkeypatch):
-    ports = []
-
-    def start(command, *, env, **settings):
-        ports.append(env["MASTER_PORT"])
-        (tmp_path / RESULT).write_text("{}")
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(sweep.subprocess, "run", start)
-    assert [sweep.run_cell(tmp_path) for _ in range(4)] == [0] * 4
-    assert len(set(ports)) == 4
-
-
 SMALL = f"""
 base: {REPOSITORY}/configs/quickstart.yaml
 adapters: [fura, lora]

@@ -87,6 +87,16 @@ def test_every_adapter_trains_through_the_same_path(adapter, tmp_path):
     assert all(entry["sync/probe_max_gap"] < 1e-4 for entry in history if "reward" in entry)
 
 
+def test_runs_that_start_together_do_not_take_each_others_port():
+    command = [sys.executable, "launch/grpo_math.py", "--dry_run"]
+    runs = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY)
+        for _ in range(2)
+    ]
+    said = [run.communicate(timeout=900)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], said[0][-3000:] + said[1][-3000:]
+
+
 @pytest.mark.parametrize("config", sorted((REPOSITORY / "configs" / "qwen3-1.7b").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_config_survives_a_dry_run(config):
     text = run([sys.executable, "launch/grpo_math.py", "--config", str(config), "--dry_run"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -24,7 +23,6 @@ from fura_rl.ablation.spec import (
     training_options,
 )
 from fura_rl.report import environment, write_json
-from fura_rl.serve import free_port
 
 SPEC, LOG, FAILED = "spec.json", "log.txt", "failed.txt"
 TAIL_LINES = 12
@@ -96,10 +94,8 @@ def run_cells(
 def run_cell(folder: Path) -> int:
     """Run one cell to its end; its exit code.  What it prints goes to its log, the end of it to `failed.txt`."""
     command = [sys.executable, "-m", "fura_rl.ablation.cell", str(folder)]
-    # Left to itself TRL looks for a free port among the same few in every process: two that start together take one.
-    settings = os.environ | {"MASTER_PORT": str(free_port())}
     with open(folder / LOG, "a") as log:
-        code = subprocess.run(command, stdout=log, stderr=log, env=settings, check=False).returncode
+        code = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
     if code or not (folder / RESULT).is_file():
         tail = (folder / LOG).read_text().splitlines()[-TAIL_LINES:]
         (folder / FAILED).write_text("\n".join([f"exit code {code}", *tail]) + "\n")
