@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fura_rl.sync.vllm_engine import cpu_cache_settings
+from fura_rl.sync.vllm_engine import CPU_ENVIRONMENT, cpu_cache_settings
 from fura_rl.sync.vllm_plugin import BACKEND, EXTENSION
 
 TOKEN_VARIABLE = "FURA_ROLLOUT_TOKEN"
@@ -102,7 +102,7 @@ def command(model: str, host: str, port: int, extra: Sequence[str]) -> list[str]
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"VLLM_SERVER_DEV_MODE": "1"}
+    return CPU_ENVIRONMENT | os.environ | {"VLLM_SERVER_DEV_MODE": "1"}
 
 
 def serve(model: str, host: str, port: int, extra: Sequence[str], restarts: int) -> int:

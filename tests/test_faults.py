@@ -16,7 +16,7 @@ from conftest import REPOSITORY, make_tiny_checkpoint
 from rollout_server import child_environment
 
 from fura_rl.memory import MENDS, OutOfMemory, out_of_memory_in
-from fura_rl.serve import RequireToken, check, command
+from fura_rl.serve import RequireToken, check, command, environment
 from fura_rl.sync.http_transport import HttpTransport
 from fura_rl.sync.remote_engine import RemoteSyncError
 
@@ -66,6 +66,13 @@ def test_a_server_is_started_again_if_it_ever_served_however_short_it_lived(what
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's memory is shared out by vLLM")
+def test_a_server_keeps_few_compiled_products_unless_told_otherwise(monkeypatch):
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    assert environment()["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "256"
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024")
+    assert environment()["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "1024"
+
+
 def test_a_cpu_server_does_not_want_the_machines_memory_for_itself():
     assert "--kv-cache-memory-bytes" in command("model", "127.0.0.1", 8000, [])
     for own in (["--gpu-memory-utilization", "0.5"], ["--kv_cache_memory_bytes=5000000"]):
