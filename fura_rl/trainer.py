@@ -116,7 +116,8 @@ class FuraGRPOTrainer(GRPOTrainer):
         kwargs["enforce_eager"] = on_cpu if enforce_eager is None else enforce_eager
         if on_cpu:
             kwargs |= cpu_cache_settings(kwargs["gpu_memory_utilization"])
-            os.environ |= CPU_ENVIRONMENT | os.environ  # what is set already wins
+            for name, value in CPU_ENVIRONMENT.items():
+                os.environ.setdefault(name, value)
         kwargs["quantization"] = None  # a quantized policy is served folded, in 16 bits: never quantized a second time
         kwargs["revision"] = (self.args.model_init_kwargs or {}).get("revision")
         kwargs["seed"] += self.args.seed  # TRL seeds every run's engine alike, and with it this process

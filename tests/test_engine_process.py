@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from conftest import make_tiny_checkpoint, perturb_trained
+from conftest import PARITY_NATS, make_tiny_checkpoint, perturb_trained
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
@@ -15,7 +15,6 @@ from fura_rl.sync.weight_sync import WeightSync
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 PROBE = list(range(5, 45))
-PARITY = 1e-5
 CASES = {
     "fura": ("fura", None, None),
     "fura, one block across both shards": ("fura", {"block_size": "full"}, None),
@@ -68,7 +67,7 @@ def test_every_method_arrives_whole_in_every_worker(engine_process, case):
     for step in range(3):
         perturb_trained(policy, 0.1, seed=step)
         report = sync.sync()
-        assert report.probe_max_gap < PARITY
+        assert report.probe_max_gap < PARITY_NATS
         assert step == 0 or report.audit_gain_min == pytest.approx(1.0, abs=0.01)
         assert engine.serves_last()
     if case == "fura":

@@ -65,7 +65,6 @@ def test_a_server_is_started_again_if_it_ever_served_however_short_it_lived(what
     assert done.stdout.count("the rollout server died with code 3; starting it again") == restarts, done.stdout
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's memory is shared out by vLLM")
 def test_a_server_keeps_few_compiled_products_unless_told_otherwise(monkeypatch):
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
     assert environment()["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "256"
@@ -73,6 +72,7 @@ def test_a_server_keeps_few_compiled_products_unless_told_otherwise(monkeypatch)
     assert environment()["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "1024"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's memory is shared out by vLLM")
 def test_a_cpu_server_does_not_want_the_machines_memory_for_itself():
     assert "--kv-cache-memory-bytes" in command("model", "127.0.0.1", 8000, [])
     for own in (["--gpu-memory-utilization", "0.5"], ["--kv_cache_memory_bytes=5000000"]):

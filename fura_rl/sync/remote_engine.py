@@ -250,6 +250,8 @@ class RemoteEngine:
         self.transport.stamp(info["version"])
 
     def kernel_replies(self, spans: Mapping[str, Sequence[Span]]) -> list[dict[str, KernelReply]]:
+        if not spans:
+            return []
         wanted = {name: [list(s) for s in part] for name, part in spans.items()}
         replies = self._recovering(lambda: self.transport.call("fura_replies", spans=wanted))
         return [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -100,6 +101,13 @@ def by_rows(tensor: torch.Tensor, compute: Callable[[torch.Tensor, Span], torch.
     return pieces.full_tensor()
 
 
+def of_every_process(value: Any) -> list[Any]:
+    """`value` of each process, in their order.  Collective."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 @contextmanager
 def failing_together() -> Iterator[None]:
     """Where one process fails in here, all of them do: nobody waits in a collective that the other never enters.
@@ -113,8 +121,7 @@ def failing_together() -> Iterator[None]:
     except Exception as error:
         failure = error
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        words: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(words, None if failure is None else f"{type(failure).__name__}: {failure}")
+        words = of_every_process(None if failure is None else f"{type(failure).__name__}: {failure}")
         failed = [(rank, text) for rank, text in enumerate(words) if text is not None]
         if failure is None and failed:
             raise PeerFailedError(f"process {failed[0][0]} of the trainer failed: {failed[0][1]}")

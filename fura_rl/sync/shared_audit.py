@@ -10,7 +10,7 @@ import torch.distributed as dist
 from fura_rl.sync.audit import KernelReply, worst
 from fura_rl.sync.engine import RolloutEngine
 from fura_rl.sync.factors import Span
-from fura_rl.sync.sharding import failing_together
+from fura_rl.sync.sharding import failing_together, of_every_process
 
 
 class SharedKernels:
@@ -36,13 +36,18 @@ class SharedKernels:
         replies: list[Any] = [None]
         with failing_together():
             if dist.get_rank() == 0:
-                replies = [self.engine.kernel_replies(everything) if everything else []]
+                replies = [self.engine.kernel_replies(everything)]
         dist.broadcast_object_list(replies, src=0)
         before = asked[: dist.get_rank()]
         return [
             {name: part_of(worker[name], spans[name], before, name) for name in spans if name in worker}
             for worker in replies[0]
         ]
+
+    def resend(self) -> None:
+        """Bring the engine to the last version once more; where that fails, it fails everywhere."""
+        with failing_together():
+            self.engine.resend()
 
 
 def part_of(
@@ -65,10 +70,3 @@ def worst_gains(gains: Mapping[str, float]) -> dict[str, float]:
         for name, gain in part.items():
             found.setdefault(name, []).append(gain)
     return {name: worst(values) for name, values in found.items()}
-
-
-def of_every_process(value: Any) -> list[Any]:
-    """`value` of each process, in their order."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

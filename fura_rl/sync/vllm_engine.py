@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # Of a CPU engine.  oneDNN keeps a compiled product for every number of tokens that was ever multiplied, up to 1,024: in
 # rollouts the process would grow by 0.4 GB over 1,700 steps of the quickstart.  256 are full in 20 steps and cost 7% of
-# a rollout.  Read by oneDNN at its first product.
+# rollout and sync.  Read by oneDNN at its first product.
 CPU_ENVIRONMENT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
 
 

@@ -264,21 +264,18 @@ class WeightSync:
             StaleEngineError: naming the modules that did not take their weights twice.
         """
         self._expect_of_experts()
-        own, gains = self._gains(shared)
+        kernels = SharedKernels(self.engine) if shared else self.engine
+        own = self.audit.gains(kernels)
+        gains = worst_gains(own) if shared else own
         if stale := stale_modules(gains):
             logger.warning("weight sync: %s did not take the new weights; sending them once more", ", ".join(stale))
-            with failing_together():
-                self.engine.resend()
-            own, gains = self._gains(shared)
+            kernels.resend()
+            own = self.audit.gains(kernels)
+            gains = worst_gains(own) if shared else own
         if stale := stale_modules(gains):
             raise probe.StaleEngineError(stale_message(stale, gains))
         self.audit.accept(own)
         return gains
-
-    def _gains(self, shared: bool) -> tuple[dict[str, float], dict[str, float]]:
-        """The gains that this process finds, and the worst that any does."""
-        own = self.audit.gains(SharedKernels(self.engine) if shared else self.engine)
-        return own, worst_gains(own) if shared else own
 
     def _probe(self, trainer: torch.Tensor) -> float | None:
         """The largest gap between the policy's log-probs of the probe, `trainer`, and the engine's."""
