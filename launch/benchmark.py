@@ -23,6 +23,7 @@ import argparse
 import logging
 import sys
 import time
+import traceback
 from pathlib import Path
 
 
@@ -91,7 +92,7 @@ def main(argv: list[str]) -> int:
     )
     measured = machine(settings)
     print(report.machine_line(measured), flush=True)
-    results = {}
+    results, failed = {}, []
     for name in SHARES if everything else [args.benchmark]:
         started = time.perf_counter()
         budget.open(SHARES[name] if everything else 1.0)
@@ -101,13 +102,22 @@ def main(argv: list[str]) -> int:
             print(f"\n{name}: skipped, {error}", flush=True)
             budget.skipped.append(f"{name}: {error}")
             continue
+        except Exception as error:
+            if not everything:
+                raise
+            traceback.print_exc()  # the others' results are not to be lost with it
+            failed.append(name)
+            budget.skipped.append(f"{name}: failed, {error}")
+            continue
         if rows:
             results[name] = rows
             print(f"\n{name} ({time.perf_counter() - started:.0f} s)\n{report.markdown(rows)}", flush=True)
             report.write(args.out, results, measured | {"skipped": budget.skipped})  # an interrupted run keeps these
     written = report.write(args.out, results, measured | {"skipped": budget.skipped})
     print("\nwritten  " + "  ".join(str(path) for path in written))
-    return 0
+    if failed:
+        print(f"error: {', '.join(failed)} failed; the traces are above", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

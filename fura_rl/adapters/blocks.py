@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from fura_rl.adapters import block_kernels
+
 SMALL_CPU_BATCH = 768  # tokens below which a copy costs less than one kernel launch per block (measured, 2 cores)
 TOKENS_IN_CACHE = 256  # tokens whose activations a CPU keeps in cache between two products
 
@@ -83,6 +85,51 @@ def block_update(change: torch.Tensor, right: torch.Tensor, scale: torch.Tensor 
     return right @ (change if scale is None else pseudo_inverse(scale).unsqueeze(-1) * change)
 
 
+class _SpectralUpdate(torch.autograd.Function):
+    """`spectral_update` with its gradients written out: nothing saved but what is kept anyway, and few small steps.
+
+    On a GPU, and with few tokens on a CPU, these steps are a good part of a layer's time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, delta_r: torch.Tensor, delta_s: torch.Tensor, right: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(delta_r, delta_s, right, values)
+        if _in_one_kernel(delta_r, right):
+            return block_kernels.spectral_update(delta_r, delta_s, right, values)
+        inverse = pseudo_inverse(values)
+        rows = (inverse * (values + delta_s)).unsqueeze(-1) * delta_r
+        return right @ rows.addcmul_((inverse * delta_s).unsqueeze(-1), right.mT)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        delta_r, delta_s, right, values = ctx.saved_tensors
+        if _in_one_kernel(delta_r, right):
+            return *block_kernels.spectral_update_backward(grad, delta_r, delta_s, right, values), None, None
+        inverse = pseudo_inverse(values)
+        grad_rows = right.mT @ grad
+        grad_s = inverse * (delta_r + right.mT).mul_(grad_rows).sum(-1)
+        return grad_rows.mul_((inverse * (values + delta_s)).unsqueeze(-1)), grad_s, None, None
+
+
+def _in_one_kernel(delta_r: torch.Tensor, right: torch.Tensor) -> bool:
+    return delta_r.dtype == torch.float32 and right.dtype == torch.float32 and block_kernels.take(delta_r)
+
+
+def spectral_update(
+    delta_r: torch.Tensor, delta_s: torch.Tensor, right: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:  # D, (n, b, b)
+    """`block_update` of `core_change` where S0 (`values`) is kept and both dS and dR are trained: the paper's setting.
+
+    D_i = V0_i diag(1/S0_i) (diag(S0_i + dS_i) dR_i + diag(dS_i) V0_i^T)
+    """
+    if torch.compiler.is_compiling():
+        return block_update(core_change(right, values, delta_r, delta_s, "train"), right, values)
+    return _SpectralUpdate.apply(delta_r, delta_s, right, values)
+
+
 def starting_core(right: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """C0 (n, r, b) of a core form: diag(T) V0^T."""
     return right.mT if scale is None else scale.unsqueeze(-1) * right.mT
@@ -117,7 +164,7 @@ class _AddUpdate(torch.autograd.Function):
             grad_x = move(grad, update) if ctx.onto_is_x else _product(grad, update)
         if ctx.needs_input_grad[1]:
             n, b, _ = update.shape
-            grad_update = token_products(grad, x, n, b)
+            grad_update = token_products(grad, x, n, b).to(update.dtype)
         return grad_x, grad_update, None if ctx.onto_is_x else grad
 
 
@@ -129,12 +176,16 @@ def as_blocks(x: torch.Tensor, n: int, b: int) -> torch.Tensor:
 def token_products(left: torch.Tensor, right: torch.Tensor, n: int, b: int) -> torch.Tensor:
     """The sum over tokens of left_i right_i^T for every block, (n, b, b): D's gradient from those of x + D x and x.
 
-    On a CPU a cache-full of tokens at a time, added in float32 or wider; in 16 bits from contiguous copies, since its
+    In float32 or wider.  On a CPU a cache-full of tokens at a time; in 16 bits from contiguous copies, since its
     kernels take strided blocks at a fifth of the rate.
     """
+    if block_kernels.take_large(left):
+        return block_kernels.token_products(left, right, n, b)
+    dtype = torch.promote_types(left.dtype, torch.float32)
     if left.device.type != "cpu":
-        return torch.bmm(as_blocks(left, n, b).mT, as_blocks(right, n, b))
-    total = torch.zeros(n, b, b, dtype=torch.promote_types(left.dtype, torch.float32))
+        products = as_blocks(left, n, b).mT, as_blocks(right, n, b)
+        return torch.bmm(*products) if left.dtype == dtype else torch.bmm(*products, out_dtype=dtype)
+    total = torch.zeros(n, b, b, dtype=dtype)
     parts = (t.reshape(-1, n * b).split(TOKENS_IN_CACHE) for t in (left, right))
     for left_part, right_part in zip(*parts, strict=True):
         left_blocks, right_blocks = as_blocks(left_part, n, b), as_blocks(right_part, n, b)
@@ -142,17 +193,17 @@ def token_products(left: torch.Tensor, right: torch.Tensor, n: int, b: int) -> t
             total += torch.bmm(left_blocks.contiguous().mT, right_blocks.contiguous())
         else:
             total.baddbmm_(left_blocks.mT, right_blocks)
-    return total.to(left.dtype)
+    return total
 
 
 def move(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
-    """x_i + x_i @ matrices_i for every block.
+    """x_i + x_i @ matrices_i for every block, in the dtype of x.
 
     In 32 bits and more I + D is formed, which saves a pass over x; it is exact for D = 0 and loses nothing that the
     rounding of the result would have kept.  In 16 bits it would swallow the diagonal of a small D.
     """
     if x.dtype.itemsize >= 4:
-        return _product(x, plus_identity(matrices))
+        return _product(x, plus_identity(matrices.to(x.dtype)))
     if x.device.type != "cpu":
         return _product(x, matrices, onto=x)
     moved = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -164,7 +215,7 @@ def move_parts(x: torch.Tensor, matrices: torch.Tensor, result: torch.Tensor) ->
     """`move` of x (tokens, n * b) into `result`, which may be x itself, a cache-full of tokens at a time."""
     n, b, _ = matrices.shape
     wide = x.dtype.itemsize >= 4
-    factors = plus_identity(matrices) if wide else matrices.contiguous()
+    factors = plus_identity(matrices.to(x.dtype)) if wide else matrices.to(x.dtype).contiguous()
     for part, target in zip(x.split(TOKENS_IN_CACHE), result.split(TOKENS_IN_CACHE), strict=True):
         blocks = as_blocks(part, n, b) if wide else as_blocks(part, n, b).contiguous()
         as_blocks(target, n, b).copy_(torch.bmm(blocks, factors) if wide else torch.baddbmm(blocks, blocks, factors))
@@ -177,6 +228,9 @@ def plus_identity(matrices: torch.Tensor) -> torch.Tensor:
 def _product(x: torch.Tensor, matrices: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
     """onto + x_i @ matrices_i for every block, in the layout of x; `onto` None adds nothing."""
     n, b, _ = matrices.shape
+    if onto is not None and block_kernels.take_large(x):
+        return block_kernels.move(x, matrices, onto)
+    matrices = matrices.to(x.dtype)
     if x.device.type == "cpu" and x.numel() < SMALL_CPU_BATCH * n * b:
         x_blocks = as_blocks(x, n, b)
         blocks = (
@@ -202,7 +256,7 @@ def add_update(x: torch.Tensor, update: torch.Tensor, onto: torch.Tensor | None 
         n, b, _ = update.shape
         start, x_blocks = (as_blocks(t, n, b) for t in (x if onto is None else onto, x))
         return torch.baddbmm(start, x_blocks, update.to(x.dtype).mT).transpose(0, 1).reshape(x.shape)
-    return _AddUpdate.apply(x, update.to(x.dtype), onto)
+    return _AddUpdate.apply(x, update, onto)
 
 
 def apply_core(x: torch.Tensor, core: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,11 @@ from fura_rl.adapters.frames import Frame
 from fura_rl.adapters.fura_config import FuraConfig
 
 RANDOM_UPDATE_STD = 0.1  # init_weights=False: relative size of the random update, large enough for tests to see
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """No autocast inside; torch's own context costs as much as a small kernel, also where it changes nothing."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 class FuraCore(nn.Module):
@@ -48,12 +54,16 @@ class FuraCore(nn.Module):
 
     def update(self) -> torch.Tensor:
         """D, (n, b, b): the base form's block update."""
-        with torch.autocast(self.basis_v.device.type, enabled=False):
+        with without_autocast(self.basis_v.device.type):
+            if self.treatment == "train" and self.delta_r is not None and self.basis_s is not None:
+                dtype = self.basis_v.dtype
+                deltas = self.delta_r.to(dtype), self.delta_s.to(dtype)
+                return blocks.spectral_update(*deltas, self.basis_v, self.basis_s.to(dtype))
             return blocks.block_update(self.change(), self.basis_v, self.scale())
 
     def core(self, adapted: bool = True) -> torch.Tensor:
         """C, (n, r, b): the core form's small core, trained or (not `adapted`) as it started."""
-        with torch.autocast(self.basis_v.device.type, enabled=False):
+        with without_autocast(self.basis_v.device.type):
             start = blocks.starting_core(self.basis_v, self.scale())
             return start + self.change() if adapted else start
 

@@ -36,7 +36,7 @@ def takes(layer: nn.Module, x: torch.Tensor) -> bool:
 
 def moved_linear(x: torch.Tensor, update: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
     """W (x + D x) + bias, in the dtype of x; the layer's own output, bit for bit, where D is 0."""
-    return _MovedLinear.apply(x, update.to(x.dtype), layer.weight, layer.bias)
+    return _MovedLinear.apply(x, update, layer.weight, layer.bias)
 
 
 class _MovedLinear(torch.autograd.Function):
@@ -64,7 +64,7 @@ class _MovedLinear(torch.autograd.Function):
         x, update, weight = ctx.saved_tensors
         n, b, _ = update.shape
         moved_grad = grad.reshape(-1, grad.shape[-1]) @ weight  # of x + D x
-        grad_update = token_products(moved_grad, x, n, b) if ctx.needs_input_grad[1] else None
+        grad_update = token_products(moved_grad, x, n, b).to(update.dtype) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
             return None, grad_update, None, None
         move_parts(moved_grad, update, result=moved_grad)
