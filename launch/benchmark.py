@@ -23,7 +23,6 @@ import argparse
 import logging
 import sys
 import time
-import traceback
 from pathlib import Path
 
 
@@ -53,11 +52,10 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     import torch
 
-    from fura_rl.benchmark import BENCHMARKS, SHARES, report
+    from fura_rl.benchmark import SHARES, measure_all
     from fura_rl.benchmark.budget import Budget
-    from fura_rl.benchmark.measure import Settings, machine
+    from fura_rl.benchmark.measure import Settings
     from fura_rl.benchmark.models import SIZES, layer_shapes
-    from fura_rl.benchmark.sync import SkippedError
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_gpu = device.type == "cuda"
@@ -90,34 +88,7 @@ def main(argv: list[str]) -> int:
         steps=args.steps or (2000 if args.benchmark == "soak" else 50),
         out=args.out,
     )
-    measured = machine(settings)
-    print(report.machine_line(measured), flush=True)
-    results, failed = {}, []
-    for name in SHARES if everything else [args.benchmark]:
-        started = time.perf_counter()
-        budget.open(SHARES[name] if everything else 1.0)
-        try:
-            rows = BENCHMARKS[name](settings)
-        except (SkippedError, ImportError, torch.cuda.OutOfMemoryError) as error:
-            print(f"\n{name}: skipped, {error}", flush=True)
-            budget.skipped.append(f"{name}: {error}")
-            continue
-        except Exception as error:
-            if not everything:
-                raise
-            traceback.print_exc()  # the others' results are not to be lost with it
-            failed.append(name)
-            budget.skipped.append(f"{name}: failed, {error}")
-            continue
-        if rows:
-            results[name] = rows
-            print(f"\n{name} ({time.perf_counter() - started:.0f} s)\n{report.markdown(rows)}", flush=True)
-            report.write(args.out, results, measured | {"skipped": budget.skipped})  # an interrupted run keeps these
-    written = report.write(args.out, results, measured | {"skipped": budget.skipped})
-    print("\nwritten  " + "  ".join(str(path) for path in written))
-    if failed:
-        print(f"error: {', '.join(failed)} failed; the traces are above", file=sys.stderr)
-    return 1 if failed else 0
+    return measure_all(list(SHARES) if everything else [args.benchmark], settings)
 
 
 if __name__ == "__main__":
