@@ -46,20 +46,27 @@ class FuraCore(nn.Module):
         """T (n, r), None where the frame has no singular values."""
         return None if self.basis_s is None else blocks.core_scale(self.basis_s, self.treatment, self.train_core)
 
+    def _wide(self, delta: torch.Tensor | None) -> torch.Tensor | None:
+        """In float32 or wider, whatever the adapter is stored in or the forward runs in."""
+        return None if delta is None else delta.to(torch.promote_types(self.basis_v.dtype, torch.float32))
+
     def change(self) -> torch.Tensor:
-        """C - C0, (n, r, b), in float32 or wider whatever the adapter is stored in or the forward runs in."""
-        dtype = torch.promote_types(self.basis_v.dtype, torch.float32)
-        delta_r, delta_s = (None if p is None else p.to(dtype) for p in (self.delta_r, self.delta_s))
-        return blocks.core_change(self.basis_v, self.basis_s, delta_r, delta_s, self.treatment)
+        """C - C0, (n, r, b), in float32 or wider."""
+        deltas = self._wide(self.delta_r), self._wide(self.delta_s)
+        return blocks.core_change(self.basis_v, self.basis_s, *deltas, self.treatment)
 
     def update(self) -> torch.Tensor:
         """D, (n, b, b): the base form's block update."""
+        return self.update_from(self.delta_r, self.delta_s)
+
+    def update_from(self, delta_r: torch.Tensor | None, delta_s: torch.Tensor | None) -> torch.Tensor:
+        """D for these values of what is trained: those of a sharded policy are gathered first."""
+        delta_r, delta_s = self._wide(delta_r), self._wide(delta_s)
         with without_autocast(self.basis_v.device.type):
-            if self.treatment == "train" and self.delta_r is not None and self.basis_s is not None:
-                dtype = self.basis_v.dtype
-                deltas = self.delta_r.to(dtype), self.delta_s.to(dtype)
-                return blocks.spectral_update(*deltas, self.basis_v, self.basis_s.to(dtype))
-            return blocks.block_update(self.change(), self.basis_v, self.scale())
+            if delta_r is not None and delta_s is not None:
+                return blocks.spectral_update(delta_r, delta_s, self.basis_v, self.basis_s)
+            change = blocks.core_change(self.basis_v, self.basis_s, delta_r, delta_s, self.treatment)
+            return blocks.block_update(change, self.basis_v, self.scale())
 
     def core(self, adapted: bool = True) -> torch.Tensor:
         """C, (n, r, b): the core form's small core, trained or (not `adapted`) as it started."""

@@ -22,6 +22,7 @@ from typing import Any
 from fura_rl import metrics_file
 from fura_rl.benchmark.measure import Settings
 from fura_rl.benchmark.report import pyplot_or_none
+from fura_rl.serve import die_with_parent
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 INTERVAL = 1.0, 3.0  # seconds, drawn: looks in step with the steps would see one phase of them
@@ -57,7 +58,8 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     ]
     metrics = folder / "run" / metrics_file.FILE
     said = folder / "run.txt"
-    with open(said, "w") as file, subprocess.Popen(command, stdout=file, stderr=file, cwd=REPOSITORY) as process:
+    started = {"cwd": REPOSITORY, "preexec_fn": die_with_parent}
+    with open(said, "w") as file, subprocess.Popen(command, stdout=file, stderr=file, **started) as process:
         try:
             samples = list(watch(process, metrics, settings.steps))
         finally:

@@ -11,10 +11,11 @@ expect from its own base weight, for a sample of output features.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -119,6 +120,7 @@ class KernelAudit:
 
         Of a weight that several workers or replicas hold, the worst.
         """
+        self._expected, self._previous = on_host(self._expected), on_host(self._previous)
         due = dict(self._due(torch.finfo(engine.dtype).eps))
         workers = engine.kernel_replies({name: self._spans[name] for name in due})
         gains = {}
@@ -130,8 +132,8 @@ class KernelAudit:
         return gains
 
     def _gain(self, name: str, update: torch.Tensor, reply: torch.Tensor, features: torch.Tensor) -> float:
-        update = update[:, features.to(update.device)]
-        moved = reply.to(update.device, torch.float64) - self._previous[name][:, features.to(update.device)]
+        update = update[:, features]
+        moved = reply.double() - self._previous[name][:, features]
         return float((moved * update).sum() / update.square().sum())
 
     def accept(self, gains: dict[str, float]) -> None:
@@ -193,8 +195,20 @@ def sample_spans(rows: Span, processes: int = 1) -> list[Span]:
     return [(start, start + SPAN_ROWS) for start in starts]
 
 
+def on_host(tensors: Mapping[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
+    """`tensors`, of one dtype, on the CPU: in one transfer from each device, which waits for it once."""
+    found = dict(tensors)
+    for device in {tensor.device for tensor in tensors.values()} - {torch.device("cpu")}:
+        there = {name: tensor for name, tensor in tensors.items() if tensor.device == device}
+        flat = torch.cat([tensor.flatten() for tensor in there.values()]).cpu()
+        parts = flat.split([tensor.numel() for tensor in there.values()])
+        found |= {name: part.view(there[name].shape) for name, part in zip(there, parts, strict=True)}
+    return found
+
+
+@functools.lru_cache(maxsize=64)
 def probe_vectors(features: int, device: torch.device) -> torch.Tensor:
-    """(VECTORS, features) of +1 and -1, the same for every layer of this width."""
+    """(VECTORS, features) of +1 and -1, the same for every layer of this width; to be read only."""
     generator = torch.Generator().manual_seed(features)
     return torch.randint(0, 2, (VECTORS, features), generator=generator).mul_(2).sub_(1).to(device, torch.float32)
 

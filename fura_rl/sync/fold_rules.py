@@ -16,7 +16,6 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.oft.layer import OFTLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from fura_rl.adapters import blocks
 from fura_rl.adapters.fura_layer import FuraLinear
 from fura_rl.adapters.quantized import holds_packed_weight
 from fura_rl.sync.factors import Factors
@@ -32,16 +31,8 @@ def fura_factors(layer: FuraLinear, names: list[str]) -> Factors | None:
     cores = [layer.fura_core[name] for name in names]
     if len({(core.form, core.axis, core.block_size) for core in cores}) > 1 or cores[0].form != "base":
         return None
-    update = sum(
-        blocks.block_update(
-            blocks.core_change(
-                core.basis_v, core.basis_s, *(_float(p) for p in (core.delta_r, core.delta_s)), core.treatment
-            ),
-            core.basis_v,
-            core.scale(),
-        )
-        for core in cores
-    )
+    first, *others = (core.update_from(_float(core.delta_r), _float(core.delta_s)) for core in cores)
+    update = sum(others, start=first)
     columns_of_the_stored_weight = (cores[0].axis == "in") != layer.is_conv1d
     return Factors("block_columns" if columns_of_the_stored_weight else "block_rows", {"update": update})
 

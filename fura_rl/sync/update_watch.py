@@ -14,23 +14,24 @@ from fura_rl.sync.fold import CheckpointWeight
 
 
 class UpdateCosine:
-    """Accumulates <exact, delivered> / (|exact| |delivered|) over layers, in float64."""
+    """Accumulates <exact, delivered> / (|exact| |delivered|) over layers, in float64 and where the layers are."""
 
     def __init__(self) -> None:
-        self.dot = self.exact_square = self.delivered_square = 0.0
+        self._sums: dict[torch.device, torch.Tensor] = {}  # <exact, delivered>, |exact|^2, |delivered|^2
 
     def add(self, exact: torch.Tensor, delivered: torch.Tensor) -> None:
         exact, delivered = exact.flatten().double(), delivered.flatten().double()
-        self.dot += float(exact @ delivered)
-        self.exact_square += float(exact @ exact)
-        self.delivered_square += float(delivered @ delivered)
+        sums = torch.stack([exact @ delivered, exact @ exact, delivered @ delivered])
+        self._sums[sums.device] = self._sums.get(sums.device, 0) + sums
 
     def value(self) -> float:
-        if self.exact_square == 0:
+        sums = torch.stack([torch.zeros(3, dtype=torch.float64), *(part.cpu() for part in self._sums.values())])
+        dot, exact_square, delivered_square = sums.sum(0).tolist()
+        if exact_square == 0:
             return 1.0
-        if self.delivered_square == 0:
+        if delivered_square == 0:
             return 0.0
-        return self.dot / (self.exact_square * self.delivered_square) ** 0.5
+        return dot / (exact_square * delivered_square) ** 0.5
 
 
 class UpdateWatch:

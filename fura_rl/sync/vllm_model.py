@@ -185,24 +185,25 @@ class LiveModel:
         """This worker's share of x W^T through the live kernels: see `audit.Kernels`."""
         holders = {weight.rpartition(".")[0]: owners[0] for weight, owners in self.owners.items()}
         kernels = KernelOutputs(self)
-        replies: dict[str, KernelReply | None] = {}
+        pieces: dict[str, list[Piece]] = {}
         experts: dict[str, dict[str, Sequence[Span]]] = {}  # engine module -> those asked of its stack, `....experts.3`
         for name, wanted in spans.items():
             stack, _, last = name.rpartition(".")
             if last.isdecimal() and stack in holders:
                 experts.setdefault(holders[stack], {})[name] = wanted
             else:
-                replies[name] = self._kernel_reply(name, list(wanted), kernels)
+                pieces[name] = self._kernel_pieces(name, list(wanted), kernels)
+        replies = joined(pieces)
         for module_name, asked in experts.items():
             replies |= self._expert_replies(module_name, asked)
-        return {name: reply for name, reply in replies.items() if reply is not None}
+        return replies
 
-    def _expert_replies(self, module_name: str, spans: Mapping[str, Sequence[Span]]) -> dict[str, KernelReply | None]:
+    def _expert_replies(self, module_name: str, spans: Mapping[str, Sequence[Span]]) -> dict[str, KernelReply]:
         """This worker's share of what the kernel of stacked experts makes of the vectors, expert by expert."""
         module = self.modules[module_name]
         method, parallel = module.quant_method, module.moe_config.moe_parallel_config
         if method.is_monolithic or parallel.use_all2all_kernels:  # routes by itself, or through other workers
-            return dict.fromkeys(spans)
+            return {}
         experts = [int(name.rpartition(".")[2]) for name in spans]
         vectors = audit.probe_vectors(module.hidden_size, self.device).to(self.dtype)
         tokens, routes = audit.tokens_of_experts(vectors, experts)
@@ -218,22 +219,21 @@ class LiveModel:
             replies[name] = KernelReply(reply.float().cpu(), covered)
         return replies
 
-    def _kernel_reply(self, name: str, spans: list[Span], kernels: KernelOutputs) -> KernelReply | None:
+    def _kernel_pieces(self, name: str, spans: list[Span], kernels: KernelOutputs) -> list[Piece]:
+        """The parts of the reply of one weight; none where no kernel of this worker multiplies by it."""
         features = torch.cat([torch.arange(*span) for span in spans])
-        output, covered = torch.zeros(audit.VECTORS, len(features)), torch.zeros(len(features))
-        found = False
+        pieces = []
         for module_name in self.owners.get(name, ()):
             for region in (r for r in self.regions[module_name] if r.name == name and r.parameter == "weight"):
                 reply = kernels.of(module_name, region)
                 if reply is None:
                     break
-                found = True
                 first = region.offset // region.stride[0]  # output features lie in the order of the rows
                 here = (features >= region.rows[0]) & (features < region.rows[1])
                 picked = (features[here] - region.rows[0] + first).to(reply.device)
-                output[:, here] += reply[:, picked].float().cpu()
-                covered[here] += (region.columns[1] - region.columns[0]) / region.total_columns
-        return KernelReply(output, covered) if found else None
+                part = (region.columns[1] - region.columns[0]) / region.total_columns
+                pieces.append(Piece(reply[:, picked].float(), here, part))
+        return pieces
 
     def kernel(self, module_name: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """x -> x W^T as the live module computes it; None where it is no matrix.
@@ -254,6 +254,35 @@ class LiveModel:
         if not isinstance(module, LinearBase | ParallelLMHead):
             return None
         return lambda x: module.quant_method.apply(module, x, None)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Of one weight's reply, what one region gives.
+
+    `output` (VECTORS, features) is on the engine's device, `here` marks the features it is of among those asked for,
+    and `part` is the part of their inputs that it is made from.
+    """
+
+    output: torch.Tensor
+    here: torch.Tensor
+    part: float
+
+
+def joined(pieces: Mapping[str, list[Piece]]) -> dict[str, KernelReply]:
+    """The reply of every weight that has pieces, on the CPU."""
+    outputs = {(name, i): piece.output for name, parts in pieces.items() for i, piece in enumerate(parts)}
+    outputs = audit.on_host(outputs)
+    replies = {}
+    for name, parts in pieces.items():
+        if not parts:
+            continue
+        output, covered = torch.zeros(audit.VECTORS, len(parts[0].here)), torch.zeros(len(parts[0].here))
+        for i, piece in enumerate(parts):
+            output[:, piece.here] += outputs[name, i]
+            covered[piece.here] += piece.part
+        replies[name] = KernelReply(output, covered)
+    return replies
 
 
 class KernelOutputs:
