@@ -69,7 +69,8 @@ def move(x: torch.Tensor, matrices: torch.Tensor, onto: torch.Tensor) -> torch.T
     result = torch.empty_like(x)
     tokens, side, height = x.numel() // (n * b), tile(b), 128
     grid = (n * triton.cdiv(b, side), triton.cdiv(tokens, height))
-    _move_kernel[grid](x, matrices, onto, result, tokens, n, b, *matrices.stride(), T=height, B=side, num_warps=8)
+    strides = matrices.stride()
+    _move_kernel[grid](x, matrices, onto, result, tokens, n, b, *strides, T=height, B=side, num_warps=8, num_stages=1)
     return result
 
 
@@ -148,7 +149,7 @@ def spectral_update(
     result = torch.empty(n, b, b, dtype=torch.float32, device=right.device)
     side = min(64, tile(b))
     grid = (n, triton.cdiv(b, side) ** 2)
-    _update_kernel[grid](delta_r, delta_s, right, values, result, b, r, B=side, num_warps=4)
+    _update_kernel[grid](delta_r, delta_s, right, values, result, b, r, B=side, num_warps=4, num_stages=1)
     return result
 
 

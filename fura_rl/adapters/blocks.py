@@ -184,7 +184,8 @@ def token_products(left: torch.Tensor, right: torch.Tensor, n: int, b: int) -> t
     dtype = torch.promote_types(left.dtype, torch.float32)
     if left.device.type != "cpu":
         products = as_blocks(left, n, b).mT, as_blocks(right, n, b)
-        return torch.bmm(*products) if left.dtype == dtype else torch.bmm(*products, out_dtype=dtype)
+        narrow = left.is_cuda and left.dtype != dtype
+        return torch.bmm(*products, out_dtype=dtype) if narrow else torch.bmm(*products).to(dtype)
     total = torch.zeros(n, b, b, dtype=dtype)
     parts = (t.reshape(-1, n * b).split(TOKENS_IN_CACHE) for t in (left, right))
     for left_part, right_part in zip(*parts, strict=True):
