@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hmac
+import itertools
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fura_rl.sync.vllm_engine import CPU_ENVIRONMENT, cpu_cache_settings
+from fura_rl.sync.vllm_engine import cpu_cache_settings, engine_environment
 from fura_rl.sync.vllm_plugin import BACKEND, EXTENSION
 
 TOKEN_VARIABLE = "FURA_ROLLOUT_TOKEN"
@@ -101,8 +102,11 @@ def command(model: str, host: str, port: int, extra: Sequence[str]) -> list[str]
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *words, *extra]
 
 
-def environment() -> dict[str, str]:
-    return CPU_ENVIRONMENT | os.environ | {"VLLM_SERVER_DEV_MODE": "1"}
+def environment(extra: Sequence[str]) -> dict[str, str]:
+    """The server's environment; `extra` as for `command`."""
+    words = [part for word in extra for part in word.split("=", 1)]
+    dtype = next((value for name, value in itertools.pairwise(words) if name == "--dtype"), "auto")
+    return engine_environment(dtype) | os.environ | {"VLLM_SERVER_DEV_MODE": "1"}
 
 
 def serve(model: str, host: str, port: int, extra: Sequence[str], restarts: int) -> int:
@@ -116,7 +120,7 @@ def serve(model: str, host: str, port: int, extra: Sequence[str], restarts: int)
     served = False
     for attempt in range(restarts + 1):
         child = subprocess.Popen(
-            command(model, host, port, extra), env=environment(), preexec_fn=die_with_parent, process_group=0
+            command(model, host, port, extra), env=environment(extra), preexec_fn=die_with_parent, process_group=0
         )
         stopped: float | None = None
 

@@ -43,7 +43,7 @@ from fura_rl.sync.engine import RolloutEngine
 from fura_rl.sync.remote_engine import Follower
 from fura_rl.sync.sharding import failing_together
 from fura_rl.sync.single_copy import SingleCopyEngine, move_to_host
-from fura_rl.sync.vllm_engine import CPU_ENVIRONMENT, InProcessEngine, cpu_cache_settings
+from fura_rl.sync.vllm_engine import InProcessEngine, cpu_cache_settings, engine_environment
 from fura_rl.sync.weight_sync import SyncReport, WeightSync
 from fura_rl.trainer_settings import check_settings
 
@@ -116,8 +116,8 @@ class FuraGRPOTrainer(GRPOTrainer):
         kwargs["enforce_eager"] = on_cpu if enforce_eager is None else enforce_eager
         if on_cpu:
             kwargs |= cpu_cache_settings(kwargs["gpu_memory_utilization"])
-            for name, value in CPU_ENVIRONMENT.items():
-                os.environ.setdefault(name, value)
+        for name, value in engine_environment(kwargs["dtype"]).items():
+            os.environ.setdefault(name, value)
         kwargs["quantization"] = None  # a quantized policy is served folded, in 16 bits: never quantized a second time
         kwargs["revision"] = (self.args.model_init_kwargs or {}).get("revision")
         kwargs["seed"] += self.args.seed  # TRL seeds every run's engine alike, and with it this process

@@ -135,3 +135,26 @@ def test_the_random_basis_is_orthonormal_and_fits_by_least_squares():
         left = large[:, 4 * i : 4 * i + 4]
         assert torch.allclose(left.T @ left, torch.eye(4).double(), atol=1e-12)
         assert torch.allclose(small[i], torch.linalg.lstsq(left, weight[:, 4 * i : 4 * i + 4]).solution, atol=1e-12)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(50, 12), (8, 12)])
+def test_spectral_update_is_the_general_formula_and_its_gradients(rows, size):
+    """Also where a block is wider than high, and a direction has no pretrained column: it stays still."""
+    weight = torch.randn(rows, 3 * size, dtype=torch.float64)
+    weight[:, 0] = weight[:, 1]
+    frame = frames.svd_frame(weight, size)
+    right, values = frame.right, frame.singular_values
+    assert frame.dropped == (rows > size)
+    deltas = 0.1 * torch.randn_like(right.mT.contiguous()), 0.1 * torch.randn_like(values)
+    ours, plain = ([t.clone().requires_grad_() for t in deltas] for _ in range(2))
+    update = blocks.spectral_update(*ours, right, blocks.pseudo_inverse(values))
+    expected = blocks.block_update(blocks.core_change(right, values, *plain, "train"), right, values)
+    assert torch.allclose(update, expected, atol=1e-12)
+    grad = torch.randn_like(update)
+    update.backward(grad)
+    expected.backward(grad)
+    for actual, reference in zip(ours, plain, strict=True):
+        assert torch.allclose(actual.grad, reference.grad, atol=1e-10)
+    still = values == 0
+    assert not ours[1].grad[still].any()
+    assert not ours[0].grad[still].any()

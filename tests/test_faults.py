@@ -67,9 +67,18 @@ def test_a_server_is_started_again_if_it_ever_served_however_short_it_lived(what
 
 def test_a_server_keeps_few_compiled_products_unless_told_otherwise(monkeypatch):
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
-    assert environment()["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "256"
+    assert environment([])["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "256"
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024")
-    assert environment()["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "1024"
+    assert environment([])["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "1024"
+
+
+@pytest.mark.parametrize(
+    ("options", "exact"),
+    [(["--dtype", "float32"], True), (["--dtype=float"], True), (["--dtype", "bfloat16"], False), ([], False)],
+)
+def test_a_server_of_float32_computes_in_float32_on_a_gpu_too(options, exact, monkeypatch):
+    monkeypatch.delenv("TRITON_F32_DEFAULT", raising=False)
+    assert environment(["--port", "1", *options]).get("TRITON_F32_DEFAULT") == ("ieee" if exact else None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's memory is shared out by vLLM")

@@ -16,6 +16,7 @@ Notation, used in every shape comment below:
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +26,11 @@ from fura_rl.adapters import block_kernels
 
 SMALL_CPU_BATCH = 768  # tokens below which a copy costs less than one kernel launch per block (measured, 2 cores)
 TOKENS_IN_CACHE = 256  # tokens whose activations a CPU keeps in cache between two products
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """No autocast inside; torch's own context costs as much as a small kernel, also where it changes nothing."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def divisors(number: int) -> list[int]:
@@ -85,49 +91,49 @@ def block_update(change: torch.Tensor, right: torch.Tensor, scale: torch.Tensor 
     return right @ (change if scale is None else pseudo_inverse(scale).unsqueeze(-1) * change)
 
 
-class _SpectralUpdate(torch.autograd.Function):
-    """`spectral_update` with its gradients written out: nothing saved but what is kept anyway, and few small steps.
+def spectral_update(
+    delta_r: torch.Tensor,  # (n, r, b)
+    delta_s: torch.Tensor,  # (n, r)
+    right: torch.Tensor,  # V0, (n, b, r); 0 in the columns where S0 is
+    inverse: torch.Tensor,  # `pseudo_inverse` of S0, (n, r)
+) -> torch.Tensor:  # D, (n, b, b)
+    """`block_update` of `core_change` where S0 is kept and both dS and dR are trained, the paper's setting.
 
-    On a GPU, and with few tokens on a CPU, these steps are a good part of a layer's time.
+    D_i = V0_i (dR_i + diag(dS_i / S0_i) (dR_i + V0_i^T)).  A layer of few tokens spends much of its time on D, so its
+    gradients are written out: few and small steps, and nothing saved but what is kept anyway.
     """
+    if torch.compiler.is_compiling():  # it writes the gradients itself
+        return spectral_update_forward(delta_r, delta_s, right, inverse)
+    return _SpectralUpdate.apply(delta_r, delta_s, right, inverse)
 
+
+def spectral_update_forward(
+    delta_r: torch.Tensor, delta_s: torch.Tensor, right: torch.Tensor, inverse: torch.Tensor
+) -> torch.Tensor:
+    moved = (delta_s * inverse).unsqueeze(-1)
+    return right @ torch.addcmul(delta_r, moved, delta_r + right.mT)
+
+
+def spectral_update_backward(
+    grad: torch.Tensor, delta_r: torch.Tensor, delta_s: torch.Tensor, right: torch.Tensor, inverse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of dR and dS from that of D, (n, b, b)."""
+    grad_rows = right.mT @ grad
+    grad_s = (delta_r + right.mT).mul_(grad_rows).sum(-1).mul_(inverse)
+    moved = (delta_s * inverse).unsqueeze(-1)
+    return torch.addcmul(grad_rows, moved, grad_rows), grad_s
+
+
+class _SpectralUpdate(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, delta_r: torch.Tensor, delta_s: torch.Tensor, right: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(delta_r, delta_s, right, values)
-        if _in_one_kernel(delta_r, right):
-            return block_kernels.spectral_update(delta_r, delta_s, right, values)
-        inverse = pseudo_inverse(values)
-        rows = (inverse * (values + delta_s)).unsqueeze(-1) * delta_r
-        return right @ rows.addcmul_((inverse * delta_s).unsqueeze(-1), right.mT)
+    def forward(ctx: Any, *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*tensors)
+        return spectral_update_forward(*tensors)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        delta_r, delta_s, right, values = ctx.saved_tensors
-        if _in_one_kernel(delta_r, right):
-            return *block_kernels.spectral_update_backward(grad, delta_r, delta_s, right, values), None, None
-        inverse = pseudo_inverse(values)
-        grad_rows = right.mT @ grad
-        grad_s = inverse * (delta_r + right.mT).mul_(grad_rows).sum(-1)
-        return grad_rows.mul_((inverse * (values + delta_s)).unsqueeze(-1)), grad_s, None, None
-
-
-def _in_one_kernel(delta_r: torch.Tensor, right: torch.Tensor) -> bool:
-    return delta_r.dtype == torch.float32 and right.dtype == torch.float32 and block_kernels.take(delta_r)
-
-
-def spectral_update(
-    delta_r: torch.Tensor, delta_s: torch.Tensor, right: torch.Tensor, values: torch.Tensor
-) -> torch.Tensor:  # D, (n, b, b)
-    """`block_update` of `core_change` where S0 (`values`) is kept and both dS and dR are trained: the paper's setting.
-
-    D_i = V0_i diag(1/S0_i) (diag(S0_i + dS_i) dR_i + diag(dS_i) V0_i^T)
-    """
-    if torch.compiler.is_compiling():
-        return block_update(core_change(right, values, delta_r, delta_s, "train"), right, values)
-    return _SpectralUpdate.apply(delta_r, delta_s, right, values)
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return *spectral_update_backward(grad, *ctx.saved_tensors), None, None
 
 
 def starting_core(right: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
@@ -179,8 +185,6 @@ def token_products(left: torch.Tensor, right: torch.Tensor, n: int, b: int) -> t
     In float32 or wider.  On a CPU a cache-full of tokens at a time; in 16 bits from contiguous copies, since its
     kernels take strided blocks at a fifth of the rate.
     """
-    if block_kernels.take_large(left):
-        return block_kernels.token_products(left, right, n, b)
     dtype = torch.promote_types(left.dtype, torch.float32)
     if left.device.type != "cpu":
         products = as_blocks(left, n, b).mT, as_blocks(right, n, b)
@@ -200,13 +204,14 @@ def token_products(left: torch.Tensor, right: torch.Tensor, n: int, b: int) -> t
 def move(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
     """x_i + x_i @ matrices_i for every block, in the dtype of x.
 
-    In 32 bits and more I + D is formed, which saves a pass over x; it is exact for D = 0 and loses nothing that the
-    rounding of the result would have kept.  In 16 bits it would swallow the diagonal of a small D.
+    On a CPU in 32 bits and more I + D is formed, which saves a pass over x; it is exact for D = 0 and loses nothing
+    that the rounding of the result would have kept.  In 16 bits, and in a GPU's TF32, it would swallow the diagonal of
+    a small D.
     """
-    if x.dtype.itemsize >= 4:
-        return _product(x, plus_identity(matrices.to(x.dtype)))
     if x.device.type != "cpu":
         return _product(x, matrices, onto=x)
+    if x.dtype.itemsize >= 4:
+        return _product(x, plus_identity(matrices.to(x.dtype)))
     moved = torch.empty_like(x, memory_format=torch.contiguous_format)
     move_parts(x.reshape(-1, x.shape[-1]), matrices, moved.view(-1, x.shape[-1]))
     return moved
@@ -229,7 +234,7 @@ def plus_identity(matrices: torch.Tensor) -> torch.Tensor:
 def _product(x: torch.Tensor, matrices: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
     """onto + x_i @ matrices_i for every block, in the layout of x; `onto` None adds nothing."""
     n, b, _ = matrices.shape
-    if onto is not None and block_kernels.take_large(x):
+    if onto is not None and block_kernels.takes(x, b):
         return block_kernels.move(x, matrices, onto)
     matrices = matrices.to(x.dtype)
     if x.device.type == "cpu" and x.numel() < SMALL_CPU_BATCH * n * b:

@@ -20,6 +20,7 @@ RANK_TOLERANCE = 1e-6
 # larger copy cost more than the product made of them.
 WORKSPACE_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
 PANEL_BYTES = 2**20  # of that, what one CPU thread multiplies at a time: half of its second-level cache
+LARGEST_ON_HOST = 256  # side of a Gram matrix from a GPU that the host decomposes
 THREADED_WORK = 2**24  # out * in * b from which starting threads for a layer pays: a millisecond of one core
 MOST_BLOCKS = 8  # in such a panel: with more, each would have too few rows for an efficient product
 
@@ -30,7 +31,8 @@ class Frame:
 
     `right` is V0 (n, b, r) of an SVD, each column's largest entry positive.  A frame without singular values keeps
     what its form needs of the starting core C0: C0^T in core form, its pseudo-inverse in base form.
-    `dropped` counts the directions without a pretrained column; their `singular_values` entry is exactly 0.
+    `dropped` counts the directions without a pretrained column; their entry of `singular_values` and their column of
+    `right` are exactly 0, so that they stay still.
     """
 
     right: torch.Tensor  # (n, b, r)
@@ -66,8 +68,21 @@ def svd_frame(weight: torch.Tensor, block_size: int) -> Frame:
 
 def _tall_frame(gram: torch.Tensor, dtype: torch.dtype) -> Frame:
     """From the Gram matrices (n, b, b)."""
-    eigenvalues, eigenvectors = torch.linalg.eigh(gram)
+    eigenvalues, eigenvectors = _eigh(gram)
     return _frame(eigenvalues.flip(-1).clamp_min(0).sqrt(), eigenvectors.flip(-1), dtype)
+
+
+def _eigh(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`torch.linalg.eigh`; of many small matrices on a GPU by the host's cores, the GPU takes one after another.
+
+    32 of 64 x 64: 24 ms on an H100, 6 on 16 cores of its host, copies included.
+    """
+    n, b, _ = gram.shape
+    if gram.device.type == "cpu" or n == 1 or b > LARGEST_ON_HOST:
+        return torch.linalg.eigh(gram)
+    threads = torch.get_num_threads()
+    parts = in_threads(torch.linalg.eigh, gram.cpu().split(max(1, n // (2 * threads))), threads)
+    return tuple(torch.cat(part).to(gram.device) for part in zip(*parts, strict=True))
 
 
 def _wide_frame(blocks: torch.Tensor, dtype: torch.dtype) -> Frame:
@@ -77,7 +92,8 @@ def _wide_frame(blocks: torch.Tensor, dtype: torch.dtype) -> Frame:
 
 def _frame(singular_values: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> Frame:
     zero = singular_values <= RANK_TOLERANCE * singular_values[:, :1]
-    return Frame(fix_signs(right).to(dtype), singular_values.masked_fill(zero, 0).to(dtype), int(zero.sum()))
+    right = fix_signs(right).masked_fill(zero.unsqueeze(-2), 0)
+    return Frame(right.to(dtype), singular_values.masked_fill(zero, 0).to(dtype), int(zero.sum()))
 
 
 def fix_signs(right: torch.Tensor) -> torch.Tensor:

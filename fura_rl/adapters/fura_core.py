@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,11 +12,6 @@ from fura_rl.adapters.frames import Frame
 from fura_rl.adapters.fura_config import FuraConfig
 
 RANDOM_UPDATE_STD = 0.1  # init_weights=False: relative size of the random update, large enough for tests to see
-
-
-def without_autocast(device_type: str) -> AbstractContextManager:
-    """No autocast inside; torch's own context costs as much as a small kernel, also where it changes nothing."""
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 class FuraCore(nn.Module):
@@ -41,6 +35,7 @@ class FuraCore(nn.Module):
         self.register_buffer("basis_v", frame.right.contiguous(), persistent=config.save_basis)
         values = frame.singular_values
         self.register_buffer("basis_s", None if values is None else values.contiguous())
+        self._inverse: tuple[torch.Tensor | None, int, torch.Tensor | None] = None, 0, None
 
     def scale(self) -> torch.Tensor | None:
         """T (n, r), None where the frame has no singular values."""
@@ -49,6 +44,22 @@ class FuraCore(nn.Module):
     def _wide(self, delta: torch.Tensor | None) -> torch.Tensor | None:
         """In float32 or wider, whatever the adapter is stored in or the forward runs in."""
         return None if delta is None else delta.to(torch.promote_types(self.basis_v.dtype, torch.float32))
+
+    def inverse_values(self) -> torch.Tensor:
+        """`pseudo_inverse` of S0, (n, r); anew only where S0 is another tensor by now, or was written to."""
+        if torch.compiler.is_compiling():
+            return blocks.pseudo_inverse(self.basis_s)
+        source, version, inverse = self._inverse
+        if source is not self.basis_s or version != self.basis_s._version:
+            inverse = blocks.pseudo_inverse(self.basis_s)
+            self._inverse = self.basis_s, self.basis_s._version, inverse
+        return inverse
+
+    def spectral_deltas(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """dR and dS where D is `blocks.spectral_update` of them, the paper's setting; else None."""
+        if self.delta_r is None or self.delta_s is None:
+            return None
+        return self._wide(self.delta_r), self._wide(self.delta_s)
 
     def change(self) -> torch.Tensor:
         """C - C0, (n, r, b), in float32 or wider."""
@@ -62,15 +73,15 @@ class FuraCore(nn.Module):
     def update_from(self, delta_r: torch.Tensor | None, delta_s: torch.Tensor | None) -> torch.Tensor:
         """D for these values of what is trained: those of a sharded policy are gathered first."""
         delta_r, delta_s = self._wide(delta_r), self._wide(delta_s)
-        with without_autocast(self.basis_v.device.type):
+        with blocks.without_autocast(self.basis_v.device.type):
             if delta_r is not None and delta_s is not None:
-                return blocks.spectral_update(delta_r, delta_s, self.basis_v, self.basis_s)
+                return blocks.spectral_update(delta_r, delta_s, self.basis_v, self.inverse_values())
             change = blocks.core_change(self.basis_v, self.basis_s, delta_r, delta_s, self.treatment)
             return blocks.block_update(change, self.basis_v, self.scale())
 
     def core(self, adapted: bool = True) -> torch.Tensor:
         """C, (n, r, b): the core form's small core, trained or (not `adapted`) as it started."""
-        with without_autocast(self.basis_v.device.type):
+        with blocks.without_autocast(self.basis_v.device.type):
             start = blocks.starting_core(self.basis_v, self.scale())
             return start + self.change() if adapted else start
 

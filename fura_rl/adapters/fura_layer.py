@@ -21,7 +21,7 @@ from fura_rl.adapters import blocks, frames
 from fura_rl.adapters.fura_config import FuraConfig
 from fura_rl.adapters.fura_core import FuraCore
 from fura_rl.adapters.large_core import LargeCore
-from fura_rl.adapters.moved_linear import moved_linear, takes
+from fura_rl.adapters.moved_linear import moved_linear, spectral_linear, takes
 from fura_rl.adapters.quantized import keep_layout
 
 
@@ -292,10 +292,13 @@ class FuraLinear(nn.Module, BaseTunerLayer):
         return self._base_forward(x, [self.fura_core[name] for name in names], *args, **kwargs)
 
     def _base_forward(self, x: torch.Tensor, cores: list[FuraCore], *args: Any, **kwargs: Any) -> torch.Tensor:
+        dense = not (args or kwargs) and takes(self.base_layer, x)
+        if dense and len(cores) == 1 and cores[0].axis == "in" and (deltas := cores[0].spectral_deltas()):
+            return spectral_linear(x, *deltas, cores[0].basis_v, cores[0].inverse_values(), self.base_layer)
         column_updates, row_updates = (
             sum_updates([core for core in cores if core.axis == axis]) for axis in ("in", "out")
         )
-        if len(column_updates) == 1 and not (row_updates or args or kwargs) and takes(self.base_layer, x):
+        if dense and len(column_updates) == 1 and not row_updates:
             return moved_linear(x, column_updates[0], self.base_layer)
         moved = None
         for update in column_updates:

@@ -1,9 +1,10 @@
-"""y = W (x + D x) + bias for a frozen dense W on a CPU, in which no large buffer is made that the frozen map would not.
+"""y = W (x + D x) + bias for a frozen dense W, as one step of autograd that holds no more than the frozen map's.
 
-A buffer beyond the allocator's reach costs a CPU more than the product written to it: its pages are mapped and cleared
-at every step.  So for a large x the forward moves the weight where that is smaller, else x in parts, and the backward
-always moves the gradient inside the buffer it came in.  The same function as `add_update` followed by the base layer,
-which serves every other device, base layer and mode.  Shapes as in blocks.py: x (..., in), D (n, b, b), W (out, in).
+On a CPU a buffer beyond the allocator's reach costs more than the product written to it: its pages are mapped and
+cleared at every step.  So for a large x the forward moves the weight where that is smaller, else x in parts, and the
+backward moves the gradient inside the buffer it came in.  On a GPU one step instead of three saves launches.  The same
+function as `add_update` followed by the base layer, which serves every other base layer and mode.  Shapes as in
+blocks.py: x (..., in), D (n, b, b), W (out, in).
 """
 
 from __future__ import annotations
@@ -15,18 +16,25 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from fura_rl.adapters.blocks import move, move_parts, token_products
+from fura_rl.adapters.blocks import (
+    move,
+    move_parts,
+    spectral_update_backward,
+    spectral_update_forward,
+    token_products,
+    without_autocast,
+)
 
 LARGE_BYTES = 32 * 2**20  # glibc maps a buffer of this size afresh each time (M_MMAP_THRESHOLD's upper limit)
 PART_BYTES = 16 * 2**20  # of a large x moved before its product: few parts, since each packs the weight again
 
 
 def takes(layer: nn.Module, x: torch.Tensor) -> bool:
-    """Whether `layer` is a plain frozen linear map on the CPU that computes in the dtype of x.
+    """Whether `layer` is a plain frozen linear map that computes in the dtype of x, where x is.
 
     Hooks (offloading, sharding) and tensor subclasses mean that its weight is not simply there to be multiplied.
     """
-    if type(layer) is not nn.Linear or x.device.type != "cpu" or torch.compiler.is_compiling():
+    if type(layer) is not nn.Linear or x.device.type not in ("cpu", "cuda") or torch.compiler.is_compiling():
         return False
     hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
     tensors = [t for t in (layer.weight, layer.bias) if t is not None]
@@ -35,8 +43,20 @@ def takes(layer: nn.Module, x: torch.Tensor) -> bool:
 
 
 def moved_linear(x: torch.Tensor, update: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
-    """W (x + D x) + bias, in the dtype of x; the layer's own output, bit for bit, where D is 0."""
+    """W (x + D x) + bias, in the dtype of x; on a CPU the layer's own output, bit for bit, where D is 0."""
     return _MovedLinear.apply(x, update, layer.weight, layer.bias)
+
+
+def spectral_linear(
+    x: torch.Tensor,
+    delta_r: torch.Tensor,
+    delta_s: torch.Tensor,
+    right: torch.Tensor,
+    inverse: torch.Tensor,
+    layer: nn.Linear,
+) -> torch.Tensor:
+    """`moved_linear` for D = `blocks.spectral_update(delta_r, delta_s, right, inverse)`."""
+    return _SpectralLinear.apply(x, delta_r, delta_s, right, inverse, layer.weight, layer.bias)
 
 
 class _MovedLinear(torch.autograd.Function):
@@ -45,27 +65,71 @@ class _MovedLinear(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         ctx.save_for_backward(x, update, weight)
-        if not (update[0].any() or update.any()):  # the start: no arithmetic that could round
-            return linear(x, weight, bias)
-        if x.nbytes < LARGE_BYTES:
-            return linear(move(x, update.mT), weight, bias)
-        tokens = x.numel() // x.shape[-1]
-        if tokens > weight.shape[0] and x.dtype.itemsize >= 4:  # in 16 bits the moved weight would lose a small D
-            return linear(x, move(weight, update), bias)
-        y = x.new_empty(tokens, weight.shape[0])
-        size = max(1, PART_BYTES // (x.shape[-1] * x.itemsize))
-        for part, result in zip(x.reshape(tokens, -1).split(size), y.split(size), strict=True):
-            torch.mm(move(part, update.mT), weight.t(), out=result)
-        return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], -1)
+        return forward(x, update, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        x, update, weight = ctx.saved_tensors
-        n, b, _ = update.shape
-        moved_grad = grad.reshape(-1, grad.shape[-1]) @ weight  # of x + D x
-        grad_update = token_products(moved_grad, x, n, b).to(update.dtype) if ctx.needs_input_grad[1] else None
-        if not ctx.needs_input_grad[0]:
-            return None, grad_update, None, None
-        move_parts(moved_grad, update, result=moved_grad)
-        return moved_grad.view(x.shape), grad_update, None, None
+        return *backward(grad, *ctx.saved_tensors, *ctx.needs_input_grad[:2]), None, None
+
+
+class _SpectralLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        delta_r: torch.Tensor,
+        delta_s: torch.Tensor,
+        right: torch.Tensor,
+        inverse: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        with without_autocast(x.device.type):
+            update = spectral_update_forward(delta_r, delta_s, right, inverse)
+            ctx.save_for_backward(x, update, weight, delta_r, delta_s, right, inverse)
+            return forward(x, update, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, update, weight, *factors = ctx.saved_tensors
+        needs_x, *needs_deltas = ctx.needs_input_grad[:3]
+        grad_r = grad_s = None
+        with without_autocast(x.device.type):
+            grad_x, grad_update = backward(grad, x, update, weight, needs_x, any(needs_deltas))
+            if grad_update is not None:
+                grad_r, grad_s = spectral_update_backward(grad_update, *factors)
+        return grad_x, grad_r, grad_s, None, None, None, None
+
+
+def forward(x: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if x.device.type != "cpu":
+        return linear(move(x, update.mT), weight, bias)
+    if not (update[0].any() or update.any()):  # the start: no arithmetic that could round
+        return linear(x, weight, bias)
+    if x.nbytes < LARGE_BYTES:
+        return linear(move(x, update.mT), weight, bias)
+    tokens = x.numel() // x.shape[-1]
+    if tokens > weight.shape[0] and x.dtype.itemsize >= 4:  # in 16 bits the moved weight would lose a small D
+        return linear(x, move(weight, update), bias)
+    y = x.new_empty(tokens, weight.shape[0])
+    size = max(1, PART_BYTES // (x.shape[-1] * x.itemsize))
+    for part, result in zip(x.reshape(tokens, -1).split(size), y.split(size), strict=True):
+        torch.mm(move(part, update.mT), weight.t(), out=result)
+    return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], -1)
+
+
+def backward(
+    grad: torch.Tensor, x: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, needs_x: bool, needs_update: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The gradients of x and D, those that are asked for."""
+    n, b, _ = update.shape
+    moved_grad = grad.reshape(-1, grad.shape[-1]) @ weight  # of x + D x
+    grad_update = token_products(moved_grad, x, n, b).to(update.dtype) if needs_update else None
+    if not needs_x:
+        return None, grad_update
+    if x.device.type != "cpu":
+        return move(moved_grad, update).view(x.shape), grad_update
+    move_parts(moved_grad, update, result=moved_grad)
+    return moved_grad.view(x.shape), grad_update

@@ -25,10 +25,19 @@ from fura_rl.sync.vllm_plugin import BACKEND, EXTENSION
 if TYPE_CHECKING:
     from vllm import LLM
 
-# Of a CPU engine.  oneDNN keeps a compiled product for every number of tokens that was ever multiplied, up to 1,024: in
-# rollouts the process would grow by 0.4 GB over 1,700 steps of the quickstart.  256 are full in 20 steps and cost 7% of
-# rollout and sync.  Read by oneDNN at its first product.
-CPU_ENVIRONMENT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
+# oneDNN keeps a compiled product for every number of tokens that was ever multiplied, up to 1,024: in rollouts on a CPU
+# the process would grow by 0.4 GB over 1,700 steps of the quickstart.  256 are full in 20 steps and cost 7% of rollout
+# and sync.  Read by oneDNN at its first product.
+ENVIRONMENT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
+# vLLM's attention in float32 on a GPU is a Triton kernel, and Triton multiplies float32 in TF32 unless told otherwise:
+# log-probs of the quickstart were off by 8e-3 nats, which the proof of a float32 sync takes for a stale weight.  Part
+# of the key of Triton's cache, and read when a kernel is compiled.
+FLOAT32_ENVIRONMENT = {"TRITON_F32_DEFAULT": "ieee"}
+
+
+def engine_environment(dtype: str) -> dict[str, str]:
+    """What an engine that serves in `dtype` needs of its environment before it starts; a variable that is set wins."""
+    return ENVIRONMENT | (FLOAT32_ENVIRONMENT if dtype in ("float32", "float") else {})
 
 
 class InProcessEngine:
