@@ -80,14 +80,19 @@ def fold_slice(
 
 
 def fold_rows(
-    read: Read,
+    read: Read | None,
+    base: torch.Tensor | None,
     factors: Factors,
     spans: Sequence[Span],
-    columns: Span,
     out: torch.Tensor,
     generator: torch.Generator | None = None,
 ) -> None:
-    """Write W'[spans, columns] into `out`, one span of rows after another: one fold where the rule allows it."""
+    """Write W'[spans] into `out` (rows, in), one span of rows after another.
+
+    `base` is W[spans], of which one fold is made; where a rule needs further rows, `read` is asked for each span.  Both
+    are None for a dense weight.
+    """
+    columns = 0, out.shape[1]
     by_row = RULES[factors.rule].by_row
     sizes = [last - first for first, last in spans]
     if by_row is None:
@@ -99,11 +104,7 @@ def fold_rows(
         return torch.cat([tensor[slice(*span)] for span in spans])
 
     tensors = {name: gathered(tensor) if name in by_row else tensor for name, tensor in factors.tensors.items()}
-
-    def read_spans(rows: Span, columns: Span) -> torch.Tensor:
-        return torch.cat([read(span, columns) for span in spans])
-
-    fold_slice(read_spans, Factors(factors.rule, tensors), (0, sum(sizes)), columns, out, generator)
+    fold_slice(lambda *_: base, Factors(factors.rule, tensors), (0, sum(sizes)), columns, out, generator)
 
 
 def _same(tensors: Mapping[str, torch.Tensor], rows: Span, columns: Span) -> tuple[Span, Span]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from fura_rl.sync.audit import ROUNDINGS_PER_DRAW, KernelAudit, sample_spans
+from fura_rl.sync.audit import ROUNDINGS_PER_DRAW, ROUNDINGS_PER_UPDATE, KernelAudit, sample_spans
 from fura_rl.sync.engine import rounding_generator
 from fura_rl.sync.factors import Factors, Read, Span, fold_rows
 from fura_rl.sync.fold import CheckpointWeight
@@ -17,16 +17,16 @@ class UpdateCosine:
     """Accumulates <exact, delivered> / (|exact| |delivered|) over layers, in float64 and where the layers are."""
 
     def __init__(self) -> None:
-        self._sums: dict[torch.device, torch.Tensor] = {}  # <exact, delivered>, |exact|^2, |delivered|^2
+        self._products: dict[torch.device, torch.Tensor] = {}  # all products of (exact, delivered), (2, 2)
 
     def add(self, exact: torch.Tensor, delivered: torch.Tensor) -> None:
-        exact, delivered = exact.flatten().double(), delivered.flatten().double()
-        sums = torch.stack([exact @ delivered, exact @ exact, delivered @ delivered])
-        self._sums[sums.device] = self._sums.get(sums.device, 0) + sums
+        both = torch.stack([exact.flatten(), delivered.flatten()]).double()
+        products = both @ both.mT
+        self._products[products.device] = self._products.get(products.device, 0) + products
 
     def value(self) -> float:
-        sums = torch.stack([torch.zeros(3, dtype=torch.float64), *(part.cpu() for part in self._sums.values())])
-        dot, exact_square, delivered_square = sums.sum(0).tolist()
+        parts = [torch.zeros(2, 2, dtype=torch.float64), *(part.cpu() for part in self._products.values())]
+        (exact_square, dot), (_, delivered_square) = torch.stack(parts).sum(0).tolist()
         if exact_square == 0:
             return 1.0
         if delivered_square == 0:
@@ -77,26 +77,30 @@ class UpdateWatch:
         if not spans:
             return
         read = self._read(weight) if weight.layer is not None else None
-        device = next(iter(factors.tensors.values())).device
+        base = None if read is None else torch.cat([read(span, columns) for span in spans])
         rounds = self._dtype.itemsize < 4
+        device = next(iter(factors.tensors.values())).device
+        options = {"device": device, "size": (sum(last - first for first, last in spans), columns[1])}
 
-        def rows(dtype: torch.dtype, generator: torch.Generator | None = None) -> torch.Tensor:
-            return sampled_rows(read, factors, spans, columns, dtype, device, generator)
+        def rows(base: torch.Tensor | None, dtype: torch.dtype, seed: int | None = None) -> torch.Tensor:
+            out = torch.empty(dtype=dtype, **options)
+            fold_rows(read, base, factors, spans, out, rounding_generator(seed, weight.name, device))
+            return out
 
-        delivered = rows(self._dtype, rounding_generator(rounding_seed, weight.name, device))
-        wants_base = rounds or (self._audit is not None and self._audit.starts_at(weight.name, spans))
-        base = torch.cat([read(span, columns) for span in spans]) if read is not None and wants_base else None
+        delivered = rows(base, self._dtype, rounding_seed)
+        exact = delivered = delivered.to(torch.promote_types(self._dtype, torch.float32))
         if rounds and base is not None:
-            exact = rows(torch.promote_types(base.dtype, torch.float32))
-            start = base.to(self._dtype).float()
-            self.cosine.add(exact - base.to(exact.dtype), delivered.float() - start)
+            start = base.to(self._dtype).to(delivered.dtype)
+            wide = base.to(torch.promote_types(base.dtype, torch.float32))
+            exact = rows(wide, wide.dtype)
+            self.cosine.add(exact - wide, delivered - start)
         elif rounds:
             self.all_bases_kept = False
-        if self._audit is not None and (rounding_seed is None or not rounds):
-            self._audit.expect(weight.name, delivered, base, spans)
-        elif self._audit is not None:  # the engine's draw of each weight is not repeated row by row
-            expected = exact if base is not None else delivered.float()
-            self._audit.expect(weight.name, expected, base, spans, ROUNDINGS_PER_DRAW)
+        if self._audit is not None:
+            drawn = rounding_seed is not None and rounds  # the engine's draw of each weight is not repeated row by row
+            roundings = ROUNDINGS_PER_DRAW if drawn else ROUNDINGS_PER_UPDATE
+            at_first = None if base is None else base.to(self._dtype)
+            self._audit.expect(weight.name, exact if drawn else delivered, at_first, spans, roundings)
         self.seconds += time.perf_counter() - started
 
 
@@ -107,19 +111,3 @@ def whole_blocks(rows: Span, factors: Factors) -> Span:
     size = factors.tensors["update"].shape[-1]
     first, last = -(-rows[0] // size) * size, rows[1] // size * size
     return (first, last) if first < last else (rows[0], rows[0])
-
-
-def sampled_rows(
-    read: Read | None,
-    factors: Factors,
-    spans: list[Span],
-    columns: Span,
-    dtype: torch.dtype,
-    device: torch.device,
-    generator: torch.Generator | None = None,
-) -> torch.Tensor:
-    """Rows `spans` of the folded weight, (features, in), one span after another, in `dtype`."""
-    count = sum(last - first for first, last in spans)
-    out = torch.empty(count, columns[1] - columns[0], dtype=dtype, device=device)
-    fold_rows(read, factors, spans, columns, out, generator)
-    return out

@@ -9,6 +9,7 @@ that moves one ends with a message and not with stale weights.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from collections import defaultdict
@@ -221,7 +222,6 @@ class LiveModel:
 
     def _kernel_pieces(self, name: str, spans: list[Span], kernels: KernelOutputs) -> list[Piece]:
         """The parts of the reply of one weight; none where no kernel of this worker multiplies by it."""
-        features = torch.cat([torch.arange(*span) for span in spans])
         pieces = []
         for module_name in self.owners.get(name, ()):
             for region in (r for r in self.regions[module_name] if r.name == name and r.parameter == "weight"):
@@ -229,8 +229,7 @@ class LiveModel:
                 if reply is None:
                     break
                 first = region.offset // region.stride[0]  # output features lie in the order of the rows
-                here = (features >= region.rows[0]) & (features < region.rows[1])
-                picked = (features[here] - region.rows[0] + first).to(reply.device)
+                here, picked = features_in(tuple(map(tuple, spans)), region.rows, first, reply.device)
                 part = (region.columns[1] - region.columns[0]) / region.total_columns
                 pieces.append(Piece(reply[:, picked].float(), here, part))
         return pieces
@@ -254,6 +253,17 @@ class LiveModel:
         if not isinstance(module, LinearBase | ParallelLMHead):
             return None
         return lambda x: module.quant_method.apply(module, x, None)
+
+
+@functools.lru_cache(maxsize=1024)
+def features_in(
+    spans: tuple[Span, ...], rows: Span, first: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which of the output features `spans` are among `rows` (a mask), and where those lie in a kernel's output, in
+    which `rows` begin at `first`."""
+    features = torch.cat([torch.arange(*span) for span in spans])
+    here = (features >= rows[0]) & (features < rows[1])
+    return here, (features[here] - rows[0] + first).to(device)
 
 
 @dataclass(frozen=True)
