@@ -64,3 +64,12 @@ def test_kernel_move_adds_the_product_of_every_block(b, n, transposed, dtype):
 def test_kernel_move_by_nothing_keeps_every_bit(b, n):
     x = randn(TOKENS, n * b, dtype=torch.float16)
     assert torch.equal(block_kernels.move(x, torch.zeros(n, b, b, device=x.device), x), x)
+
+
+@pytest.mark.skipif(HAS_GPU or INTERPRETED, reason="Triton runs here")
+def test_where_triton_cannot_run_a_warning_says_so_and_the_composition_serves(caplog):
+    block_kernels.works.cache_clear()
+    assert not block_kernels.works(torch.device("cpu"))
+    assert not block_kernels.works(torch.device("cpu"))
+    [record] = caplog.records
+    assert "Triton does not run on cpu" in record.getMessage()

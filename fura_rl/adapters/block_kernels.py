@@ -9,6 +9,8 @@ interpreter where there is no GPU.
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ try:
     import triton.language as tl
 except ImportError:  # torch without CUDA comes without it
     triton = None
+
+logger = logging.getLogger(__name__)
 
 FEWEST_NUMBERS = 2**23  # of x
 LARGEST_BLOCK = 128  # beyond it a block takes several tiles, each with a pass over x of its own
@@ -33,7 +37,23 @@ def takes(x: torch.Tensor, b: int) -> bool:
         and x.numel() >= FEWEST_NUMBERS
         and b <= LARGEST_BLOCK
         and not torch.compiler.is_compiling()
+        and works(x.device)
     )
+
+
+@functools.cache
+def works(device: torch.device) -> bool:
+    """Whether Triton can compile and run there; where it cannot (it needs a C compiler) a warning says so, once."""
+    x = torch.ones(1, 16, dtype=torch.float16, device=device)
+    try:
+        return bool((move(x, torch.ones(1, 16, 16, device=device), x) == 17).all())
+    except Exception as error:
+        logger.warning(
+            "Triton does not run on %s (%s): FuRA's products take two passes over the activations instead of one",
+            device,
+            str(error).splitlines()[0],
+        )
+        return False
 
 
 def jit(function: Any) -> Any:
@@ -66,7 +86,8 @@ def move(x: torch.Tensor, matrices: torch.Tensor, onto: torch.Tensor) -> torch.T
     x, onto = x.contiguous(), onto.contiguous()
     result, tokens = torch.empty_like(x), x.numel() // (n * b)
     side = max(16, triton.next_power_of_2(b))
-    _move_kernel[n, triton.cdiv(tokens, TOKENS)](
-        x, matrices, onto, result, tokens, n, b, *matrices.stride(), T=TOKENS, B=side, num_warps=4, num_stages=1
-    )
+    with torch.cuda.device_of(x):  # Triton launches on the current device, where a model is spread over several
+        _move_kernel[n, triton.cdiv(tokens, TOKENS)](
+            x, matrices, onto, result, tokens, n, b, *matrices.stride(), T=TOKENS, B=side, num_warps=4, num_stages=1
+        )
     return result
