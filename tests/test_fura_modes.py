@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from fura_rl import FuraConfig
+from fura_rl.adapters import blocks
 from fura_rl.adapters.fura_tuner import PAPER_TARGETS, fura_layers
 
 FORMS = [{"form": form, "block_axis": axis} for form in ("base", "core") for axis in ("in", "out")]
@@ -302,3 +303,13 @@ def test_a_long_conversion_shows_its_progress(monkeypatch, capsys):
     monkeypatch.setattr("fura_rl.adapters.fura_tuner.QUIET_SECONDS", 0.0)
     adapted(mlp())
     assert "Converting to FuRA: 100%" in capsys.readouterr().err
+
+
+def test_the_update_follows_a_basis_that_is_written_to_or_replaced():
+    core = fura_layers(adapted(mlp()))[0].fura_core["default"]
+    for change in (lambda: core.basis_s.mul_(2), lambda: setattr(core, "basis_s", 3 * core.basis_s), core.double):
+        before = core.update().detach()
+        change()
+        expected = blocks.block_update(core.change(), core.basis_v, core.scale())
+        assert torch.allclose(core.update(), expected, atol=1e-5)
+        assert change == core.double or not torch.allclose(core.update(), before, atol=1e-5)
