@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from fura_rl.benchmark import BENCHMARKS, SHARES, measure, soak
+from fura_rl.benchmark import BENCHMARKS, SHARES, measure, measure_all, soak
 from fura_rl.benchmark.budget import Budget
 from fura_rl.benchmark.convert import decoder_layer
 from fura_rl.benchmark.models import projection_shapes
@@ -107,6 +107,22 @@ def soak_of(memory, seconds):
     """A run of 2,000 steps whose memory and step time are functions of the step."""
     samples = [soak.Sample(step, "trainer", memory(step), handles=70, threads=40) for step in range(0, 2000, 2)]
     return {row["what"]: row for row in soak.rows(samples, {step: seconds(step) for step in range(2, 2001)}, 2000)}
+
+
+def test_a_benchmark_that_fails_does_not_take_the_others_results_with_it(tmp_path, monkeypatch, capsys):
+    def fails(settings):
+        raise RuntimeError("no kernel image")
+
+    shared = {"device": CPU, "dtype": torch.float32, "repeats": 3, "seconds": 0.1, "sizes": (), "model": "tiny"}
+    settings = measure.Settings(shapes=((64, 64),), tokens=(8,), out=tmp_path, **shared)
+    monkeypatch.setitem(BENCHMARKS, "convert", fails)
+    assert measure_all(["fold", "convert", "layer"], settings) == 1
+    written = json.loads((tmp_path / "benchmark.json").read_text())
+    assert list(written["results"]) == ["fold", "layer"]
+    assert written["machine"]["skipped"] == ["convert: failed, no kernel image"]
+    assert "no kernel image" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        measure_all(["convert"], settings)
 
 
 def test_a_soak_tells_what_grows_after_its_warm_up():
