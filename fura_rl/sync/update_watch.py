@@ -99,7 +99,7 @@ class UpdateWatch:
         if self._audit is not None:
             drawn = rounding_seed is not None and rounds  # the engine's draw of each weight is not repeated row by row
             roundings = ROUNDINGS_PER_DRAW if drawn else ROUNDINGS_PER_UPDATE
-            at_first = None if base is None else base.to(self._dtype)
+            at_first = base if drawn or base is None else base.to(self._dtype)  # as exact as what is expected
             self._audit.expect(weight.name, exact if drawn else delivered, at_first, spans, roundings)
         self.seconds += time.perf_counter() - started
 
