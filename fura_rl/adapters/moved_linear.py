@@ -1,10 +1,10 @@
-"""y = W (x + D x) + bias for a frozen dense W, as one step of autograd that holds no more than the frozen map's.
+"""y = W (x + D x) + bias for a frozen dense W, as one step of autograd.
 
 On a CPU a buffer beyond the allocator's reach costs more than the product written to it: its pages are mapped and
-cleared at every step.  So for a large x the forward moves the weight where that is smaller, else x in parts, and the
-backward moves the gradient inside the buffer it came in.  On a GPU one step instead of three saves launches.  The same
-function as `add_update` followed by the base layer, which serves every other base layer and mode.  Shapes as in
-blocks.py: x (..., in), D (n, b, b), W (out, in).
+cleared at every step.  So none is made that the frozen map would not make: for a large x the forward moves the weight
+where that is smaller, else x in parts, and the backward moves the gradient inside the buffer it came in.  On a GPU one
+step instead of three saves launches.  The same function as `add_update` followed by the base layer, which serves every
+other base layer and mode.  Shapes as in blocks.py: x (..., in), D (n, b, b), W (out, in).
 """
 
 from __future__ import annotations
