@@ -142,4 +142,4 @@ def perturb_trained(model: torch.nn.Module, scale: float, seed: int) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             size = parameter.abs().mean().clamp_min(0.02)
-            parameter.add_(scale * size * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+            parameter.add_(scale * size * torch.randn(parameter.shape, generator=generator).to(parameter))

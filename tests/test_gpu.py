@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, make_tiny_checkpoint, relative_error, start_llm
+from conftest import REPOSITORY, make_tiny_checkpoint, perturb_trained, relative_error, start_llm
 from peft import get_peft_model
 from rollout_server import RolloutServer
 from torch import nn
@@ -57,7 +57,7 @@ def test_a_layer_starts_at_the_base_models_bits(tokens, axis):
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 def test_outputs_and_gradients_are_those_of_the_folded_weight_in_float64(tokens, axis, dtype):
     base, model = fura_layer(block_axis=axis, dtype=dtype)
-    perturb_trained_on_gpu(model, 0.3)
+    perturb_trained(model, 0.3, seed=0)
     layer = model.base_model.model[0]
     x = torch.randn(tokens, 1024, device="cuda", dtype=dtype, requires_grad=True)
     grad = torch.randn(tokens, 768, device="cuda", dtype=dtype)
@@ -85,17 +85,10 @@ def fold_in_float64(weight, core, delta_r, delta_s):
     return moved.transpose(0, 1).reshape(weight.shape)
 
 
-def perturb_trained_on_gpu(model, scale):
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(scale * parameter.abs().mean().clamp_min(0.02) * torch.randn_like(parameter))
-
-
 def test_a_step_repeats_to_the_bit():
     """Sums over tokens are shared out and added in a fixed order, so that a resumed run reaches the same numbers."""
     _, model = fura_layer()
-    perturb_trained_on_gpu(model, 0.3)
+    perturb_trained(model, 0.3, seed=0)
     x = torch.randn(MANY, 1024, device="cuda", dtype=torch.bfloat16)
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = [torch.autograd.grad(model(x).float().square().sum(), trained) for _ in range(2)]
@@ -168,8 +161,8 @@ def test_prefill_and_cuda_graphs_compute_with_the_folded_weights(llm, checkpoint
     sync = WeightSync(policy, InProcessEngine(llm), PROBE, probe_every=1)
     sync.sync(everything=True)
     start = probe.trainer_logprobs(policy, PROBE)
-    for _ in range(3):
-        perturb_trained_on_gpu(policy, 0.1 if adapter != "full" else 0.02)
+    for step in range(3):
+        perturb_trained(policy, 0.1 if adapter != "full" else 0.02, seed=step)
         report = sync.sync()
         assert report.probe_max_gap < sync.probe_tolerance
         assert report.audit_gain_min is None or report.audit_gain_min == pytest.approx(1.0, abs=0.2)
@@ -184,7 +177,7 @@ def test_a_suppressed_fold_is_named(llm, checkpoint, monkeypatch):
     policy = policy_of("fura", checkpoint)
     sync = WeightSync(policy, InProcessEngine(llm), PROBE, probe_every=1000)
     sync.sync(everything=True)
-    perturb_trained_on_gpu(policy, 0.1)
+    perturb_trained(policy, 0.1, seed=0)
     write = sync.engine.model._write_module
     skipped = "model.layers.1.mlp.down_proj"
     monkeypatch.setattr(sync.engine.model, "_write_module", lambda name, *a: name == skipped or write(name, *a))
@@ -202,8 +195,8 @@ def test_one_copy_serves_rollouts_and_training_in_turn(checkpoint):
     engine = SingleCopyEngine(llm, policy)
     sync = WeightSync(policy, engine, PROBE, probe_every=1)
     of_engine = {p.untyped_storage().data_ptr() for p in engine.model.model.parameters()}
-    for _ in range(3):
-        perturb_trained_on_gpu(policy, 0.1)
+    for step in range(3):
+        perturb_trained(policy, 0.1, seed=step)
         assert sync.sync().probe_max_gap < sync.probe_tolerance
         llm.generate([{"prompt_token_ids": PROBE}], use_tqdm=False)
         engine.restore()

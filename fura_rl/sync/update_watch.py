@@ -89,18 +89,18 @@ class UpdateWatch:
 
         delivered = rows(base, self._dtype, rounding_seed)
         exact = delivered = delivered.to(torch.promote_types(self._dtype, torch.float32))
+        served = None if base is None else base.to(self._dtype)
         if rounds and base is not None:
-            start = base.to(self._dtype).to(delivered.dtype)
             wide = base.to(torch.promote_types(base.dtype, torch.float32))
             exact = rows(wide, wide.dtype)
-            self.cosine.add(exact - wide, delivered - start)
+            self.cosine.add(exact - wide, delivered - served)
         elif rounds:
             self.all_bases_kept = False
         if self._audit is not None:
             drawn = rounding_seed is not None and rounds  # the engine's draw of each weight is not repeated row by row
             roundings = ROUNDINGS_PER_DRAW if drawn else ROUNDINGS_PER_UPDATE
-            at_first = base if drawn or base is None else base.to(self._dtype)  # as exact as what is expected
-            self._audit.expect(weight.name, exact if drawn else delivered, at_first, spans, roundings)
+            expected, at_first = (exact, base) if drawn else (delivered, served)
+            self._audit.expect(weight.name, expected, at_first, spans, roundings)
         self.seconds += time.perf_counter() - started
 
 

@@ -193,7 +193,7 @@ class LiveModel:
             if last.isdecimal() and stack in holders:
                 experts.setdefault(holders[stack], {})[name] = wanted
             else:
-                pieces[name] = self._kernel_pieces(name, list(wanted), kernels)
+                pieces[name] = self._kernel_pieces(name, tuple(map(tuple, wanted)), kernels)
         replies = joined(pieces)
         for module_name, asked in experts.items():
             replies |= self._expert_replies(module_name, asked)
@@ -220,7 +220,7 @@ class LiveModel:
             replies[name] = KernelReply(reply.float().cpu(), covered)
         return replies
 
-    def _kernel_pieces(self, name: str, spans: list[Span], kernels: KernelOutputs) -> list[Piece]:
+    def _kernel_pieces(self, name: str, spans: tuple[Span, ...], kernels: KernelOutputs) -> list[Piece]:
         """The parts of the reply of one weight; none where no kernel of this worker multiplies by it."""
         pieces = []
         for module_name in self.owners.get(name, ()):
@@ -229,7 +229,7 @@ class LiveModel:
                 if reply is None:
                     break
                 first = region.offset // region.stride[0]  # output features lie in the order of the rows
-                here, picked = features_in(tuple(map(tuple, spans)), region.rows, first, reply.device)
+                here, picked = features_in(spans, region.rows, first, reply.device)
                 part = (region.columns[1] - region.columns[0]) / region.total_columns
                 pieces.append(Piece(reply[:, picked].float(), here, part))
         return pieces
@@ -281,8 +281,9 @@ class Piece:
 
 def joined(pieces: Mapping[str, list[Piece]]) -> dict[str, KernelReply]:
     """The reply of every weight that has pieces, on the CPU."""
-    outputs = {(name, i): piece.output for name, parts in pieces.items() for i, piece in enumerate(parts)}
-    outputs = audit.on_host(outputs)
+    outputs = audit.on_host(
+        {(name, i): piece.output for name, parts in pieces.items() for i, piece in enumerate(parts)}
+    )
     replies = {}
     for name, parts in pieces.items():
         if not parts:
