@@ -6,6 +6,8 @@ template, else a string) and `answer` (the gold as the content of a box).
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import re
 from collections.abc import Sequence
@@ -124,6 +126,14 @@ def prepare(dataset: Dataset, script: MathScriptArguments, tokenizer: PreTrained
         return prepared
     unreadable = {row for row, _ in check.unreadable}
     return prepared.select([row for row in range(len(prepared)) if row not in unreadable])
+
+
+def digest_of(prepared: Dataset) -> str:
+    """What is trained on, in 16 hexadecimal digits: another wording, answer or order of prepared rows is another."""
+    digest = hashlib.sha256()
+    for row in prepared.select_columns(["prompt", "answer"]):
+        digest.update(json.dumps(row, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
 
 
 def find_column(dataset: Dataset, candidates: tuple[str, ...], setting: str, source: str) -> str:

@@ -77,20 +77,22 @@ def recorded_base(adapter: str) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.is_file() else None
 
 
-def check_base(adapter: str, base_model: str) -> dict[str, Any] | None:
+def check_base(
+    adapter: str, base_model: str, revision: str | None = None, mend: str = "Name the right base with --base_model"
+) -> dict[str, Any] | None:
     """The record of an adapter's base, after comparing it with `base_model`; None where there is no record.
 
     Raises:
-        ValueError: where `base_model` is another model than the adapter was trained on.
+        ValueError: where `base_model` is another model than the adapter was trained on; it ends with `mend`.
     """
     recorded = recorded_base(adapter)
     if recorded is None or recorded["weights"] is None:
         return recorded
-    found = fingerprint(base_model)
+    found = fingerprint(base_model, revision)
     if found and (different := mismatches(recorded["weights"], found)):
         raise ValueError(
             f"adapter {adapter!r} was trained on {recorded['model']!r}, and {base_model!r} is another model: "
             f"fingerprint mismatch in {len(different)} of {len(recorded['weights'])} matrices, e.g. {different[0]}. "
-            "Name the right base with --base_model"
+            f"{mend}"
         )
     return recorded

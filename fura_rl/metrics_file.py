@@ -58,7 +58,7 @@ def keep_until(path: Path, step: int) -> None:
     """Drop the lines of later steps, and what is no line; all of them for step 0, where a run starts anew."""
     if not path.is_file():
         return
-    kept = [text for text in path.read_text().splitlines(keepends=True) if 0 < step_of(text) <= step]
+    kept = [text for text in path.read_text().splitlines(keepends=True) if 0 <= step_of(text) <= step] if step else []
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)

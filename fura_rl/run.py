@@ -21,9 +21,9 @@ from fura_rl import checkpoint, report, serve
 from fura_rl.adapters.fura_tuner import PAPER_TARGETS
 from fura_rl.adapters.registry import check_method, find_method, own_settings, peft_config_for, trained_parameters
 from fura_rl.config import QUICKSTART, RunArguments, resolve_model
-from fura_rl.data import load_splits, pick_split, prepare
+from fura_rl.data import digest_of, load_splits, pick_split, prepare
 from fura_rl.evaluation.held_out import HeldOut
-from fura_rl.fingerprint import describe_base, record
+from fura_rl.fingerprint import check_base, describe_base, record
 from fura_rl.interrupt import SaveOnInterrupt
 from fura_rl.memory import OutOfMemory
 from fura_rl.metrics_file import MetricsFile
@@ -87,7 +87,12 @@ def prepare_run(arguments: RunArguments) -> Run:
     splits = load_splits(script, arguments.mixture)
     train_set = load_train_set(arguments, tokenizer, splits)
     held_out, evaluated = load_held_out(arguments, tokenizer, splits)
+    # what a path in the settings stands for, and how many share a batch: a number of the training depends on these too
+    settings |= {"contents_of_train_set": digest_of(train_set), "processes": training.world_size}
     start_from = find_checkpoint(arguments, settings)
+    if start_from is not None:
+        mend = "Put that one back, or name another output_dir to start anew"
+        check_base(str(start_from), model_path, model_args.model_revision, mend=mend)
 
     training.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -120,7 +125,7 @@ def prepare_run(arguments: RunArguments) -> Run:
     if training.save_strategy != "no":
         checkpoint.check_room(Path(training.output_dir), least_checkpoint_bytes(trainer), "nothing has been trained")
     if trainer.accelerator.is_main_process:
-        report.write_record(Path(training.output_dir), arguments.resolved())
+        report.write_record(Path(training.output_dir), arguments.resolved(), resumed=start_from is not None)
     return Run(arguments, trainer, tokenizer, held_out, interrupt, base, start_from)
 
 
@@ -325,7 +330,8 @@ def finish(run: Run) -> int:
     output_dir = Path(training.output_dir)
     if run.interrupt.received is not None:
         step = trainer.state.global_step
-        print(f"stopped at step {step}; the same command goes on from {output_dir / f'checkpoint-{step}'}")
+        if trainer.accelerator.is_main_process:
+            print(f"stopped at step {step}; the same command goes on from {output_dir / f'checkpoint-{step}'}")
         return 128 + run.interrupt.received
     after = score_held_out(run)
     trainer.save_model(str(output_dir))
@@ -336,7 +342,7 @@ def finish(run: Run) -> int:
     if run.arguments.script.dry_run:
         return finish_dry_run(run)
     summary = summarize(run, after)
-    report.print_summary(summary)
+    report.print_summary(summary, output_dir)
     curve = output_dir / "reward_curve.png"
     report.plot_rewards(curve, summary.rewards, summary)
     if (best := trainer.state.best_model_checkpoint) is not None:

@@ -296,6 +296,7 @@ class FuraGRPOTrainer(GRPOTrainer):
             return super().train(None, *args, **kwargs)
         know_indexed_cpu()
         folder = checkpoint.whole(Path(self.args.output_dir), resume_from_checkpoint)
+        self.args.eval_on_start = False  # that was where the run started
         state = TrainerState.load_from_json(str(folder / checkpoint.STATE))
         if not 0 < self.args.max_steps <= state.global_step:
             return super().train(str(folder), *args, **kwargs)
@@ -345,7 +346,8 @@ class FuraGRPOTrainer(GRPOTrainer):
 
     def _publish_checkpoint(self, staged: Path, final: Path) -> int:
         """Complete, seal and name a checkpoint that all processes have written; its bytes."""
-        if self.state.best_model_checkpoint == str(staged):
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best) == staged:  # transformers spells the path as `output_dir` does
             self.state.best_model_checkpoint = str(final)
             self.state.save_to_json(str(staged / checkpoint.STATE))
         for write in self.checkpoint_writers:

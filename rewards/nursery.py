@@ -31,7 +31,8 @@ WARM_UP = [
 
 
 def main(control_fd: int, parent: int, memory_bytes: int, max_tasks: int, max_rss_bytes: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to handle
+    for number in (signal.SIGINT, signal.SIGTERM):  # the caller's to handle, also where every process gets its own:
+        signal.signal(number, signal.SIG_IGN)  # Ctrl-C from a terminal, SIGTERM from Slurm
     control = socket.socket(fileno=control_fd)
     warm_up()
     children: dict[int, int] = {}  # number of a worker -> process id

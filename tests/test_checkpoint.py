@@ -7,6 +7,7 @@ import functools
 import os
 import random
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -118,6 +119,19 @@ def test_the_limit_keeps_the_newest_and_the_best_as_transformers_does(limit, bes
     assert names(theirs) == [f"checkpoint-{step}" for step in kept]
     checkpoint.rotate(tmp_path, limit, protected)
     assert names(tmp_path) == names(theirs)
+
+
+def test_the_best_checkpoint_is_known_by_its_folder_however_the_path_is_spelled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = SimpleNamespace(best_model_checkpoint=None, save_to_json=lambda path: None)
+    trainer = SimpleNamespace(state=state, checkpoint_writers=[], args=SimpleNamespace(save_total_limit=1))
+    for step in (5, 6, 7):
+        folder = staged(Path("out"), step, sealed=False)
+        if step == 5:  # as transformers joins it to output_dir="./out/"
+            state.best_model_checkpoint = f"./out//{folder.relative_to('out')}"
+        FuraGRPOTrainer._publish_checkpoint(trainer, folder, Path("out") / folder.name)
+    assert Path(state.best_model_checkpoint) == Path("out/checkpoint-5")
+    assert names(Path("out")) == ["checkpoint-5", "checkpoint-7"]
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_by_name(tmp_path):

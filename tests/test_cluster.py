@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,16 @@ def submit(tmp_path):
         # the trainer is there until every server that it was told of has been recorded
         f'servers=$(grep -o http: <<< "$*" | wc -l); cd {calls}\n'
         "until [ $(grep -l serve_rollouts * | wc -l) -ge $servers ]; do sleep 0.1; done\n"
+        # what a task of the trainer does, and what Slurm's own srun does with a SIGTERM
+        '[[ -z $INTERRUPTED ]] && exit; trap "exit 137" TERM\nwhile [[ $1 != bash ]]; do shift; done\n'
+        'SLURM_STEP_ID=7 "$@" & wait $!\n'
     )
-    commands = {"srun": recorder, "scontrol": '#!/bin/bash\nprintf "%s\\n" n0 n1 n2 n3\n'}
+    commands = {
+        "srun": recorder,
+        "accelerate": f"#!/bin/bash\ntouch {tmp_path}/up; until [ -e {tmp_path}/told ]; do sleep 0.1; done; exit 143\n",
+        "scancel": f'#!/bin/bash\necho "$@" > {tmp_path}/told\n',
+        "scontrol": f'#!/bin/bash\necho "$@" >> {tmp_path}/scontrol; printf "%s\\n" n0 n1 n2 n3\n',
+    }
     for name, text in commands.items():
         (bin_folder / name).write_text(text)
         (bin_folder / name).chmod(0o755)
@@ -57,11 +66,16 @@ def submit(tmp_path):
             "SLURM_JOB_NODELIST": "n[0-3]", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "1", "ACTIVATE": "/dev/null",
             "OUTPUT_DIR": str(tmp_path / "out"), "MODEL": "org/model",
         }  # fmt: skip
-        done = subprocess.run(
-            ["bash", str(SCRIPT), *options],
-            env=environment | variables, capture_output=True, text=True, cwd=REPOSITORY, timeout=60,
-        )  # fmt: skip
-        return done.returncode, [shlex.split(path.read_text()) for path in calls.iterdir()], done.stderr
+        environment |= {"INTERRUPTED": ""} | variables
+        job = subprocess.Popen(
+            ["bash", str(SCRIPT), *options], env=environment, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY
+        )
+        while environment["INTERRUPTED"] and not (tmp_path / "up").exists():
+            time.sleep(0.1)
+        if environment["INTERRUPTED"]:
+            job.terminate()
+        _, errors = job.communicate(timeout=60)
+        return job.returncode, [shlex.split(path.read_text()) for path in calls.iterdir()], errors
 
     return run
 
@@ -93,15 +107,29 @@ def test_slurm_starts_servers_and_a_trainer_that_knows_them(submit):
     assert not [word for words in calls for word in words[1:] if token in word], "a secret on a command line"
 
 
-def test_a_requeued_job_goes_on_from_its_checkpoint(submit, tmp_path):
-    checkpoint = tmp_path / "out" / "checkpoint-5"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "trainer_state.json").write_text("{}")
-    code, calls, errors = submit("--config", "mine.yaml", FURA_ROLLOUT_TOKEN="mine")
+@pytest.mark.parametrize(("restarts", "last"), [("0", "another/checkpoint-3"), ("1", "latest")])
+def test_a_requeued_job_goes_on_from_its_last_checkpoint(restarts, last, submit):
+    named = ["--resume_from_checkpoint", "another/checkpoint-3"]
+    code, calls, errors = submit("--config", "mine.yaml", *named, SLURM_RESTART_COUNT=restarts)
     assert code == 0, errors
     [trainer] = [c for c in calls if "launch/grpo_math.py" in c]
-    assert option(trainer, "--resume_from_checkpoint") == "latest"
+    assert trainer[len(trainer) - trainer[::-1].index(named[0])] == last, "of two, the last one counts"
+
+
+def test_the_secret_can_be_given(submit):
+    code, calls, errors = submit("--config", "mine.yaml", FURA_ROLLOUT_TOKEN="mine")
+    assert code == 0, errors
     assert {words[0] for words in calls} == {"mine"}
+
+
+def test_the_end_of_its_time_is_told_to_the_trainer_and_not_to_srun_and_the_job_goes_back_into_the_queue(
+    submit, tmp_path
+):
+    code, calls, errors = submit("--config", "mine.yaml", INTERRUPTED="1")
+    assert (tmp_path / "told").read_text().split() == ["--signal=TERM", "1.7"]
+    assert code == 143, f"the trainer's own end, after its checkpoint: {errors}"
+    assert (tmp_path / "scontrol").read_text().splitlines()[-1] == "requeue 1"
+    assert len(calls) == 3
 
 
 def test_slurm_reads_the_model_from_the_config(submit):

@@ -10,7 +10,7 @@ from trl import DatasetMixtureConfig
 from trl.scripts.utils import DatasetConfig
 
 from fura_rl.config import MathScriptArguments
-from fura_rl.data import encode_prompts, gold_text, load_splits, pick_split, prepare
+from fura_rl.data import digest_of, encode_prompts, gold_text, load_splits, pick_split, prepare
 from fura_rl.quickstart import BASE_MODEL, multi_step
 from fura_rl.quickstart.problems import SPLITS, make_rows, split_of
 from fura_rl.quickstart.tasks import TASKS
@@ -239,3 +239,19 @@ def test_multi_step_problems_are_worked_right_and_read_as_they_are_told(split):
         assert re.sub(r"\d", "", first + second) == f"{ops[0]}={ops[1]}="
         assert multi_step.split_of(tuple(numbers(row)), ops) == split
         assert box == rf"\boxed{{{row['answer']}}}"
+
+
+def test_the_digest_of_what_is_trained_on_sees_wording_answer_and_order():
+    rows = [{"prompt": [{"role": "user", "content": "1+1?"}], "answer": "2"}, {"prompt": "2+2?", "answer": "4"}]
+    others = [
+        [{**rows[0], "prompt": [{"role": "user", "content": "1+1 = ?"}]}, rows[1]],
+        [{**rows[0], "answer": "3"}, rows[1]],
+        rows[::-1],
+    ]
+    digests = [
+        digest_of(Dataset.from_list([{k: str(v) for k, v in row.items()} for row in some])) for some in (rows, *others)
+    ]
+    assert len(set(digests)) == 4
+    assert (
+        digest_of(Dataset.from_list([{**row, "prompt": str(row["prompt"]), "level": 1} for row in rows])) == digests[0]
+    )

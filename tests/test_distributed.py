@@ -240,6 +240,29 @@ def test_a_killed_run_of_two_processes_goes_on_to_the_same_bits(kind, grpo_run, 
     assert different(outcome(grpo_run(kind, "fura")), outcome(folder)) == []
 
 
+def test_one_process_that_is_told_to_end_ends_them_all_with_a_checkpoint(rollout_server, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log.txt"
+    options = ["--max_steps", 500, "--save_steps", 500, "--sync_probe_every", 10]
+    command = launch_command("ddp", *grpo_command("ddp", "fura", rollout_server, folder), *options)
+    with open(log, "w") as file:
+        run = psutil.Popen(
+            command, stdout=file, stderr=file, cwd=REPOSITORY, env=child_environment(OMP_NUM_THREADS="1")
+        )
+    deadline = time.monotonic() + 300
+    while not (folder / "metrics.jsonl").is_file() or len((folder / "metrics.jsonl").read_text().splitlines()) < 2:
+        assert run.poll() is None, log.read_text()[-4000:]
+        assert time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.1)
+    second = [worker for worker in run.children() if worker.environ().get("RANK") == "1"]
+    second[0].terminate()
+    assert run.wait(120) != 0
+    [checkpoint] = folder.glob("checkpoint-*")
+    text = log.read_text()
+    assert f"the same command goes on from {checkpoint}" in text, text[-4000:]
+    assert "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600" in text
+    assert {"grpo_state_0.pt", "grpo_state_1.pt"} <= {path.name for path in checkpoint.iterdir()}
+
+
 def outcome(folder):
     """What must be the same in every bit; the optimizer's file has a name of its own under FSDP."""
     last = folder / f"checkpoint-{STEPS}"

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,9 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+from safetensors.torch import load_file, save_file
+
+from fura_rl.quickstart import BASE_MODEL
 
 pytestmark = pytest.mark.slow
 
@@ -48,6 +52,8 @@ def test_the_quickstart_lifts_held_out_accuracy(quickstart):
     for name in ("reward_curve.png", "adapter_model.safetensors", "resolved_config.yaml", "environment.json"):
         assert (folder / name).stat().st_size > 100, name
         assert str(folder) in text
+    assert accuracies((folder / "report.txt").read_text(), "greedy") == (before, after)
+    assert json.loads((folder / "report.json").read_text())["after"]["greedy"] == pytest.approx(after, abs=5e-4)
     assert all((path / "base_model_fingerprint.json").is_file() for path in (folder, *folder.glob("checkpoint-*")))
     for phase in ("rollout", "reward", "train", "sync"):
         assert phase in text
@@ -114,6 +120,30 @@ def test_resuming_goes_on_from_the_checkpoint(tmp_path):
     after = losses(tmp_path, 4)
     assert after[: len(before)] == before
     assert [entry["step"] for entry in after if "reward" in entry] == [1, 2, 3, 4]
+
+
+def test_a_run_whose_data_or_base_was_exchanged_under_the_same_path_is_refused(tmp_path):
+    base, data, output = tmp_path / "base", tmp_path / "data.jsonl", tmp_path / "run"
+    shutil.copytree(BASE_MODEL, base)
+    rows = "".join(json.dumps({"problem": f"What is {a} + 11?", "answer": str(a + 11)}) + "\n" for a in range(10, 60))
+    data.write_text(rows)
+    inputs = ["--config", "configs/quickstart.yaml", "--model_name_or_path", str(base), "--dataset_name", str(data)]
+    command = [*LAUNCH, *SHORT, "--max_steps", "2", *inputs, "--output_dir", str(output)]
+    run(command)
+
+    def refusal():
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=REPOSITORY)
+        assert done.returncode != 0
+        return done.stderr
+
+    data.write_text(rows.replace("What is 10", "How much is 10"))
+    assert "holds a run at step 2 with other settings: contents_of_train_set='" in refusal()
+    data.write_text(rows)
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] *= 1.1
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    assert "fingerprint mismatch in 1 of" in (text := refusal())
+    assert "name another output_dir to start anew" in text
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_no_orphan(tmp_path):

@@ -61,6 +61,12 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
     assert logged(tmp_path) == [1], "a run that starts anew"
 
 
+def test_an_evaluation_before_the_first_step_stays_in_the_file_of_a_resumed_run(tmp_path):
+    log(tmp_path, [0, 1, 2, 3])
+    log(tmp_path, [3], resumed_at=2)
+    assert logged(tmp_path) == [0, 1, 2, 3]
+
+
 def test_only_the_first_process_writes(tmp_path):
     MetricsFile(tmp_path).on_train_begin(None, SimpleNamespace(is_world_process_zero=False, global_step=0), None)
     assert not (tmp_path / FILE).exists()
@@ -75,6 +81,22 @@ def test_the_record_repeats_the_run_and_names_its_machine(tmp_path):
         record.keys()
     )
     assert record["versions"]["trl"].count(".") == 2
+
+
+def test_a_resumed_run_keeps_what_it_ran_on_before_and_says_where_that_differs(tmp_path, caplog):
+    file = tmp_path / "environment.json"
+    write_record(tmp_path, {"seed": 1})
+    first = json.loads(file.read_text())
+    write_record(tmp_path, {"seed": 1}, resumed=True)
+    assert json.loads(file.read_text())["earlier"] == [first]
+    assert not caplog.text
+    older = first | {"versions": first["versions"] | {"torch": "1.0"}}
+    file.write_text(json.dumps(older | {"earlier": [first]}))
+    write_record(tmp_path, {"seed": 1}, resumed=True)
+    assert json.loads(file.read_text())["earlier"] == [first, older]
+    assert f"torch 1.0 -> {first['versions']['torch']}" in caplog.text
+    write_record(tmp_path, {"seed": 1})
+    assert "earlier" not in json.loads(file.read_text()), "a run that starts anew"
 
 
 def test_no_secret_is_recorded(tmp_path, monkeypatch):

@@ -88,11 +88,12 @@ def collect(spec: Spec, output: Path) -> Results:
 
 
 def environments(output: Path, ran: Iterable[Cell]) -> list[dict[str, Any]]:
-    """The distinct environments that the runs of these cells recorded."""
+    """The distinct environments that the runs of these cells recorded, of a resumed run every one."""
     found: list[dict[str, Any]] = []
     for file in (output / cell.name / "run" / "environment.json" for cell in ran):
-        if file.is_file() and (environment := json.loads(file.read_text())) not in found:
-            found.append(environment)
+        if file.is_file():
+            last = json.loads(file.read_text())
+            found += [one for one in (*last.pop("earlier", []), last) if one not in found]
     return found
 
 
