@@ -245,11 +245,26 @@ def non_finite(line: Line, names: Sequence[str]) -> list[str]:
 
 def non_finite_gradients(model: nn.Module) -> tuple[int, int]:
     """How many trained tensors have a gradient that is not finite, of how many that have one; one wait for a GPU."""
-    gradients = [local(p.grad) for p in model.parameters() if p.requires_grad and p.grad is not None]
-    if not gradients:
+    return non_finite_tensors([local(p.grad) for p in model.parameters() if p.requires_grad and p.grad is not None])
+
+
+def non_finite_tensors(tensors: Sequence[torch.Tensor]) -> tuple[int, int]:
+    """How many of them are not finite, of how many."""
+    if not tensors:
         return 0, 0
-    finite = torch.stack([torch.isfinite(gradient).all() for gradient in gradients])
-    return len(gradients) - int(finite.sum()), len(gradients)
+    finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors])
+    return len(tensors) - int(finite.sum()), len(tensors)
+
+
+def refuse_non_finite_weights(model: nn.Module, step: int) -> None:
+    """A look at the trained weights before they are saved: DeepSpeed keeps gradients where no callback sees them.
+
+    Raises:
+        FloatingPointError: where one of them is not finite.
+    """
+    bad, total = non_finite_tensors([local(p) for p in model.parameters() if p.requires_grad])
+    if bad:
+        raise FloatingPointError(not_finite_message(f"{bad} of {total} trained tensors are not finite", step))
 
 
 def refuse_non_finite_rollouts(logprobs: torch.Tensor, mask: torch.Tensor) -> None:

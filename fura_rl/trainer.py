@@ -31,7 +31,13 @@ from trl import GRPOConfig, GRPOTrainer
 from fura_rl import checkpoint
 from fura_rl.adapters.fura_config import FuraConfig
 from fura_rl.adapters.fura_tuner import restore_core_dtype
-from fura_rl.alarms import Alarms, AlarmSettings, importance_cut_frac, refuse_non_finite_rollouts
+from fura_rl.alarms import (
+    Alarms,
+    AlarmSettings,
+    importance_cut_frac,
+    refuse_non_finite_rollouts,
+    refuse_non_finite_weights,
+)
 from fura_rl.data import encode_prompts
 from fura_rl.evaluation.held_out import HeldOut
 from fura_rl.memory import out_of_memory_in
@@ -324,6 +330,7 @@ class FuraGRPOTrainer(GRPOTrainer):
         self._saving = True
         try:
             with failing_together():
+                refuse_non_finite_weights(self.accelerator.unwrap_model(self.model), self.state.global_step)
                 super()._save_checkpoint(model, trial)
                 torch.save(progress_of(self), staged / progress_file(self))
             with failing_together():

@@ -134,6 +134,18 @@ def test_the_best_checkpoint_is_known_by_its_folder_however_the_path_is_spelled(
     assert names(Path("out")) == ["checkpoint-5", "checkpoint-7"]
 
 
+def test_weights_that_are_not_finite_are_in_no_checkpoint(tmp_path):
+    policy = torch.nn.Linear(4, 4)
+    policy.bias.data[1] = float("nan")
+    trainer = SimpleNamespace(
+        _get_output_dir=lambda trial: str(tmp_path), state=SimpleNamespace(global_step=3),
+        accelerator=SimpleNamespace(unwrap_model=lambda model: model), model=policy,
+    )  # fmt: skip
+    with pytest.raises(FloatingPointError, match=r"1 of 2 trained tensors are not finite at step 3.*last checkpoint"):
+        FuraGRPOTrainer._save_checkpoint(trainer, policy, None)
+    assert names(tmp_path) == []
+
+
 def test_a_folder_that_cannot_be_written_to_is_refused_by_name(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"output_dir=.*file/run.*cannot be written to"):
