@@ -406,6 +406,13 @@ class FuraGRPOTrainer(GRPOTrainer):
         with out_of_memory_in("training step"):
             return super().training_step(*args, **kwargs)
 
+    def end(self) -> None:
+        """Close what several processes share, in order: an engine in this process still wants the process group, and a
+        group that is left open aborts some processes at their exit."""
+        if self.use_vllm and self.vllm_generation.mode == "colocate":
+            self.vllm_generation.llm.llm_engine.engine_core.shutdown()
+        self.accelerator.end_training()
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluation always starts from a fresh sync: weights may have moved without a step (best model loaded)."""
         self._last_loaded_step = -1

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
         print(f"\nerror: {error}", file=sys.stderr)  # on a line of its own, below the progress bar
         return 1
     if run.trainer.accelerator.num_processes > 1:
-        run.trainer.accelerator.end_training()  # a process group that is left open aborts some processes at their exit
+        run.trainer.end()
     return code
 
 

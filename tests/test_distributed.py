@@ -34,13 +34,17 @@ def launch_command(kind, *command):
     return [ACCELERATE, "launch", "--config_file", config, "--num_processes", processes, *map(str, command)]
 
 
-def launch(kind, *command, timeout=300):
+def launch(kind, *command):
+    return run_launched(kind, *command).stdout
+
+
+def run_launched(kind, *command, timeout=300):
     done = subprocess.run(
         launch_command(kind, *command),
         capture_output=True, text=True, timeout=timeout, cwd=REPOSITORY, env=child_environment(OMP_NUM_THREADS="1"),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-16000:]
-    return done.stdout
+    return done
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +203,20 @@ def test_grpo_trains_in_two_processes_on_one_server(kind, adapter, grpo_run, rol
     )
 
 
+def test_every_process_can_have_an_engine_of_its_own(tmp_path):
+    command = [
+        "launch/grpo_math.py", "--config", "configs/quickstart.yaml", "--use_cpu", "true", "--max_steps", 2,
+        "--per_device_train_batch_size", 16, "--eval_problems", 0, "--save_steps", 2, "--sync_probe_every", 1,
+        "--output_dir", tmp_path,
+    ]  # fmt: skip
+    done = run_launched("ddp", *command)
+    assert "Traceback" not in done.stderr, done.stderr[-5000:]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "reward" in line]
+    assert [line["step"] for line in steps] == [1, 2]
+    assert all(line["sync/probe_max_gap"] < PARITY_NATS for line in steps)
+
+
 @pytest.mark.parametrize("kind", LAUNCHERS)
 def test_two_processes_reach_what_one_reaches(kind, grpo_run):
     """The same global batch, so the same rollouts, losses and weights, to float32 rounding."""
@@ -240,10 +258,11 @@ def test_a_killed_run_of_two_processes_goes_on_to_the_same_bits(kind, grpo_run, 
     assert different(outcome(grpo_run(kind, "fura")), outcome(folder)) == []
 
 
-def test_one_process_that_is_told_to_end_ends_them_all_with_a_checkpoint(rollout_server, tmp_path):
+def test_under_torchrun_one_process_that_is_told_to_end_ends_them_all_with_a_checkpoint(rollout_server, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log.txt"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
     options = ["--max_steps", 500, "--save_steps", 500, "--sync_probe_every", 10]
-    command = launch_command("ddp", *grpo_command("ddp", "fura", rollout_server, folder), *options)
+    command = [*map(str, [*torchrun, *grpo_command("ddp", "fura", rollout_server, folder), *options])]
     with open(log, "w") as file:
         run = psutil.Popen(
             command, stdout=file, stderr=file, cwd=REPOSITORY, env=child_environment(OMP_NUM_THREADS="1")
