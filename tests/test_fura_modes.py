@@ -106,13 +106,18 @@ def test_only_the_input_and_small_matrices_are_saved_for_the_backward():
         assert list(saved.values()) == [tokens * kept]
 
 
-def test_tensors_made_on_the_meta_device_are_filled_by_a_checkpoint(tmp_path):
-    base = mlp()
-    model = adapted(base)
-    model.save_pretrained(tmp_path)
+LARGE_CORES = [{"form": "core"} | more for more in ({}, {"train_core": "large"}, {"train_core": "both"})]
+
+
+@pytest.mark.parametrize("axis", ["in", "out"])
+@pytest.mark.parametrize("settings", [{}, *LARGE_CORES], ids=str)
+def test_tensors_made_on_the_meta_device_are_filled_by_a_checkpoint(settings, axis):
+    model = adapted(mlp(), block_axis=axis, **settings)
     with torch.device("meta"):
-        empty = get_peft_model(mlp(), FuraConfig(target_modules=["0", "2"]))
+        empty = adapted(mlp(), block_axis=axis, **settings)
     assert all(t.device.type == "meta" for t in [*empty.parameters(), *empty.buffers()])
+    trained = [sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (model, empty)]
+    assert trained[0] == trained[1]
     empty.load_state_dict(model.state_dict(), assign=True)
     x = torch.randn(3, 24)
     assert torch.equal(empty(x), model(x))
