@@ -262,6 +262,20 @@ def test_the_core_form_does_not_share_its_layer():
         model.add_adapter("other", FuraConfig(target_modules=["0"]))
 
 
+@pytest.mark.parametrize("axis", ["in", "out"])
+@pytest.mark.parametrize("settings", [*LARGE_CORES, {"form": "core", "quantize_core": "nf4"}], ids=str)
+def test_a_deleted_core_form_leaves_the_base_model_and_room_for_another_adapter(settings, axis):
+    model = adapted(mlp(), block_axis=axis, **settings)
+    x = torch.randn(3, 24)
+    with model.disable_adapter():
+        plain = model(x)
+    model.delete_adapter("default")
+    assert relative_error(model.base_model(x), plain) < TOLERANCE[torch.float32]
+    model.add_adapter("next", FuraConfig(target_modules=["0"]))
+    model.set_adapter("next")
+    assert relative_error(model(x), plain) < TOLERANCE[torch.float32]
+
+
 def test_layers_that_fura_cannot_take_are_refused_by_name():
     from peft import LoraConfig
 

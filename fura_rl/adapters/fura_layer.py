@@ -274,6 +274,13 @@ class FuraLinear(nn.Module, BaseTunerLayer):
             self._put(self.pristine_weight())  # PEFT takes the tensors of what is now the base layer
         return self.get_base_layer()
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """A core form that goes leaves a dense linear layer behind, as `unload` does: L alone is not the base map."""
+        if self.owns_large_core and adapter_name in self.fura_core:
+            self._put(self.pristine_weight())
+            self._set_aside = None
+        super().delete_adapter(adapter_name)
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True  # get_delta_weight is additive
 
