@@ -239,6 +239,26 @@ def test_a_weighted_adapter_of_different_blocks_is_refused():
         model.add_weighted_adapter(["default", "absent"], [0.5, 0.5], "mix")
 
 
+def test_a_weighted_adapter_unites_the_layers_of_its_parts_each_with_its_own_blocks():
+    model = adapted(mlp(), target_modules=["0"], block_axis="out")
+    model.add_adapter("other", FuraConfig(target_modules=["2"], block_size=2, init_weights=False))
+    model.add_weighted_adapter(["default", "other"], [0.7, -0.2], "mix")
+    first, second = fura_layers(model)
+    assert relative_error(first.get_delta_weight("mix"), 0.7 * first.get_delta_weight("default")) < 1e-5
+    assert relative_error(second.get_delta_weight("mix"), -0.2 * second.get_delta_weight("other")) < 1e-5
+    assert model.peft_config["default"].target_modules == {"0"}
+    assert model.peft_config["mix"].target_modules == {"0", "2"}
+
+
+def test_a_weighted_adapter_of_a_taken_name_is_refused_and_leaves_its_owner_alone():
+    model = adapted(mlp(), target_modules=["0"])
+    model.add_adapter("other", FuraConfig(target_modules=["2"]))
+    before = model.peft_config["other"]
+    with pytest.raises(ValueError, match="there is an adapter 'other' already; delete it first"):
+        model.add_weighted_adapter(["default"], [0.5], "other")
+    assert model.peft_config["other"] is before
+
+
 def test_a_converted_lora_of_full_rank_is_the_same_update(tmp_path):
     base = mlp()
     model = adapted(base, target_modules=["0"])

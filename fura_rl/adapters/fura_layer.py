@@ -71,7 +71,7 @@ class FuraLinear(nn.Module, BaseTunerLayer):
             ValueError: where the block size does not divide, the base weight is not a finite float matrix, the name is
                 taken, or the core form would have to share the layer with another adapter.
         """
-        self._check_room(adapter_name, config)
+        self.check_room(adapter_name, config)
         axis = block_axis or config.block_axis
         size = self._resolve_block_size(block_size or config.block_size, axis, head_dim)
         conversion_skipped = parameters_go_to_meta() and config.save_basis and config.form == "base"
@@ -91,7 +91,7 @@ class FuraLinear(nn.Module, BaseTunerLayer):
         self._cast_core(core, config.core_dtype, weight.dtype)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _check_room(self, adapter_name: str, config: FuraConfig) -> None:
+    def check_room(self, adapter_name: str, config: FuraConfig) -> None:
         if adapter_name in self.fura_core:
             raise ValueError(f"{self.layer_name} already carries an adapter called {adapter_name!r}; delete it first")
         if self.fura_core and (config.form == "core" or self.core_form is not None):
