@@ -309,6 +309,8 @@ def test_layers_that_fura_cannot_take_are_refused_by_name():
     integers[0].weight = nn.Parameter(torch.ones(16, 24, dtype=torch.int8), requires_grad=False)
     with pytest.raises(TypeError, match=r"0 has torch.int8 weights"):
         adapted(integers)
+    with pytest.raises(TypeError, match=r"0 has torch.float8_e4m3fn weights; .* load the model in bfloat16"):
+        adapted(mlp(torch.float8_e4m3fn))
 
 
 def test_the_random_basis_warns_of_what_it_loses():

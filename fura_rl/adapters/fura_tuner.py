@@ -198,5 +198,8 @@ def check_supported(target: nn.Module, name: str) -> None:
         )
     if backend is None and not isinstance(target, nn.Linear | Conv1D):
         raise TypeError(f"{name} is a {type(target).__name__}; FuRA adapts linear layers (nn.Linear, Conv1D) only")
-    if backend is None and not target.weight.is_floating_point():
-        raise TypeError(f"{name} has {target.weight.dtype} weights; FuRA needs a floating-point weight")
+    if backend is None and not (target.weight.is_floating_point() and target.weight.itemsize >= 2):
+        raise TypeError(  # float8 is floating point, but torch has no arithmetic for it
+            f"{name} has {target.weight.dtype} weights; FuRA needs a floating-point weight of 16 bits or more: load "
+            "the model in bfloat16, or quantized with bitsandbytes"
+        )
