@@ -354,3 +354,25 @@ def test_the_update_follows_a_basis_that_is_written_to_or_replaced():
         expected = blocks.block_update(core.change(), core.basis_v, core.scale())
         assert torch.allclose(core.update(), expected, atol=1e-5)
         assert change == core.double or not torch.allclose(core.update(), before, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", FORMS, ids=str)
+def test_a_model_made_in_inference_mode_computes_what_another_computes(settings):
+    base, x = mlp(), torch.randn(9, 24)
+    with torch.inference_mode():
+        torch.manual_seed(1)
+        model = adapted(base, **settings)
+        inside = model(x)
+    torch.manual_seed(1)
+    expected = adapted(base, **settings)(x)
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+    assert torch.equal(inside, expected)
+
+
+def test_training_may_follow_an_evaluation_in_inference_mode():
+    model = adapted(mlp())
+    with torch.inference_mode():
+        model(torch.randn(9, 24))
+    model(torch.randn(9, 24)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
