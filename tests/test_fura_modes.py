@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from fura_rl import FuraConfig
-from fura_rl.adapters import blocks
+from fura_rl.adapters import blocks, frames, fura_layer
 from fura_rl.adapters.fura_tuner import PAPER_TARGETS, fura_layers
 
 FORMS = [{"form": form, "block_axis": axis} for form in ("base", "core") for axis in ("in", "out")]
@@ -376,3 +376,21 @@ def test_training_may_follow_an_evaluation_in_inference_mode():
         model(torch.randn(9, 24))
     model(torch.randn(9, 24)).sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_a_layer_is_decomposed_where_it_lies_where_the_gpu_has_no_room(monkeypatch):
+    """The meta device stands in for a full GPU."""
+    base = mlp()
+    expected = adapted(base, init_weights=True).state_dict()
+    decompose = frames.svd_frame
+
+    def full(weight, size):
+        if weight.device.type == "meta":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decompose(weight, size)
+
+    monkeypatch.setattr(frames, "svd_frame", full)
+    monkeypatch.setattr(fura_layer, "conversion_device", lambda home: torch.device("meta"))
+    with pytest.warns(UserWarning, match=r"meta has no room .* shape \(16, 24\) .* decomposed on cpu instead"):
+        model = adapted(base, init_weights=True)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())

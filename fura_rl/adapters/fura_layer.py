@@ -118,7 +118,7 @@ class FuraLinear(nn.Module, BaseTunerLayer):
     ) -> tuple[frames.Frame, torch.Tensor | None]:
         """`make_frame` of the weight, where it lies and in its dtype; says what the frame does not hold."""
         home, dtype = oriented.device, oriented.dtype
-        frame, large = make_frame(oriented.to(conversion_device(home)), size, config)
+        frame, large = make_frame_where_there_is_room(oriented, size, config)
         if config.basis == "random":
             warn_of_lost_weight(oriented, blocks.fold(large, frame.right.mT).to(home), self.layer_name)
         self.dropped_directions = frame.dropped
@@ -414,6 +414,23 @@ def make_frame(weight: torch.Tensor, size: int, config: FuraConfig) -> tuple[fra
         return frames.Frame(small.mT, None, dropped), large
     inverse = torch.linalg.pinv(small.double(), rtol=frames.RANK_TOLERANCE).to(small.dtype)
     return frames.Frame(inverse, None, dropped), None
+
+
+def make_frame_where_there_is_room(
+    weight: torch.Tensor, size: int, config: FuraConfig
+) -> tuple[frames.Frame, torch.Tensor | None]:
+    """`make_frame` on the conversion device or, where others have filled that, where the weight lies."""
+    device = conversion_device(weight.device)
+    if device != weight.device:
+        try:
+            return make_frame(weight.to(device), size, config)
+        except torch.OutOfMemoryError:
+            warnings.warn(
+                f"{device} has no room to decompose a layer of shape {tuple(weight.shape)} (does a rollout server fill "
+                f"it?); it is decomposed on {weight.device} instead, which takes longer",
+                stacklevel=2,
+            )
+    return make_frame(weight, size, config)
 
 
 def empty_frame(weight: torch.Tensor, size: int, config: FuraConfig) -> tuple[frames.Frame, torch.Tensor | None]:
