@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from fura_rl.benchmark import BENCHMARKS, SHARES, measure, measure_all, soak
+from fura_rl.adapters import frames
+from fura_rl.benchmark import BENCHMARKS, SHARES, grpo_step, measure, measure_all, model, soak
 from fura_rl.benchmark.budget import Budget
 from fura_rl.benchmark.convert import decoder_layer
 from fura_rl.benchmark.models import projection_shapes
@@ -113,8 +114,7 @@ def test_a_benchmark_that_fails_does_not_take_the_others_results_with_it(tmp_pat
     def fails(settings):
         raise RuntimeError("no kernel image")
 
-    shared = {"device": CPU, "dtype": torch.float32, "repeats": 3, "seconds": 0.1, "sizes": (), "model": "tiny"}
-    settings = measure.Settings(shapes=((64, 64),), tokens=(8,), out=tmp_path, **shared)
+    settings = small_settings(shapes=((64, 64),), tokens=(8,), out=tmp_path)
     monkeypatch.setitem(BENCHMARKS, "convert", fails)
     assert measure_all(["fold", "convert", "layer"], settings) == 1
     written = json.loads((tmp_path / "benchmark.json").read_text())
@@ -123,6 +123,32 @@ def test_a_benchmark_that_fails_does_not_take_the_others_results_with_it(tmp_pat
     assert "no kernel image" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="no kernel image"):
         measure_all(["convert"], settings)
+
+
+def small_settings(**settings):
+    shared = {"device": CPU, "dtype": torch.float32, "repeats": 3, "seconds": 0.1, "sizes": (), "model": "tiny"}
+    return measure.Settings(**{"shapes": (), "tokens": ()} | shared | settings)
+
+
+def test_a_whole_model_that_is_converted_wrongly_is_not_reported(monkeypatch):
+    [row] = model.run(small_settings())
+    assert row["convert_s"] > 0
+    decompose = frames.svd_frame
+
+    def others_directions(weight, size):
+        frame = decompose(weight, size)
+        return frames.Frame(frame.right.flip(0), frame.singular_values)
+
+    monkeypatch.setattr(frames, "svd_frame", others_directions)
+    with pytest.raises(RuntimeError, match=r"the frame of model\.layers\.0.* exceeds"):
+        model.run(small_settings())
+
+
+def test_a_step_that_leaves_nan_is_not_reported(monkeypatch):
+    assert [row["method"] for row in grpo_step.run(small_settings())] == ["fura", "lora", "full"]
+    monkeypatch.setattr(torch, "rand", lambda *size, **options: torch.full(size, float("nan"), **options))
+    with pytest.raises(RuntimeError, match=r"fura: a step of tiny in torch\.float32 leaves non-finite values"):
+        grpo_step.run(small_settings())
 
 
 def test_a_soak_tells_what_grows_after_its_warm_up():

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from fura_rl import FuraConfig
-from fura_rl.adapters import blocks
+from fura_rl.adapters import blocks, frames, fura_layer
 from fura_rl.adapters.fura_tuner import PAPER_TARGETS, fura_layers
 
 FORMS = [{"form": form, "block_axis": axis} for form in ("base", "core") for axis in ("in", "out")]
@@ -106,13 +106,18 @@ def test_only_the_input_and_small_matrices_are_saved_for_the_backward():
         assert list(saved.values()) == [tokens * kept]
 
 
-def test_tensors_made_on_the_meta_device_are_filled_by_a_checkpoint(tmp_path):
-    base = mlp()
-    model = adapted(base)
-    model.save_pretrained(tmp_path)
+LARGE_CORES = [{"form": "core"} | more for more in ({}, {"train_core": "large"}, {"train_core": "both"})]
+
+
+@pytest.mark.parametrize("axis", ["in", "out"])
+@pytest.mark.parametrize("settings", [{}, *LARGE_CORES], ids=str)
+def test_tensors_made_on_the_meta_device_are_filled_by_a_checkpoint(settings, axis):
+    model = adapted(mlp(), block_axis=axis, **settings)
     with torch.device("meta"):
-        empty = get_peft_model(mlp(), FuraConfig(target_modules=["0", "2"]))
+        empty = adapted(mlp(), block_axis=axis, **settings)
     assert all(t.device.type == "meta" for t in [*empty.parameters(), *empty.buffers()])
+    trained = [sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (model, empty)]
+    assert trained[0] == trained[1]
     empty.load_state_dict(model.state_dict(), assign=True)
     x = torch.randn(3, 24)
     assert torch.equal(empty(x), model(x))
@@ -234,6 +239,26 @@ def test_a_weighted_adapter_of_different_blocks_is_refused():
         model.add_weighted_adapter(["default", "absent"], [0.5, 0.5], "mix")
 
 
+def test_a_weighted_adapter_unites_the_layers_of_its_parts_each_with_its_own_blocks():
+    model = adapted(mlp(), target_modules=["0"], block_axis="out")
+    model.add_adapter("other", FuraConfig(target_modules=["2"], block_size=2, init_weights=False))
+    model.add_weighted_adapter(["default", "other"], [0.7, -0.2], "mix")
+    first, second = fura_layers(model)
+    assert relative_error(first.get_delta_weight("mix"), 0.7 * first.get_delta_weight("default")) < 1e-5
+    assert relative_error(second.get_delta_weight("mix"), -0.2 * second.get_delta_weight("other")) < 1e-5
+    assert model.peft_config["default"].target_modules == {"0"}
+    assert model.peft_config["mix"].target_modules == {"0", "2"}
+
+
+def test_a_weighted_adapter_of_a_taken_name_is_refused_and_leaves_its_owner_alone():
+    model = adapted(mlp(), target_modules=["0"])
+    model.add_adapter("other", FuraConfig(target_modules=["2"]))
+    before = model.peft_config["other"]
+    with pytest.raises(ValueError, match="there is an adapter 'other' already; delete it first"):
+        model.add_weighted_adapter(["default"], [0.5], "other")
+    assert model.peft_config["other"] is before
+
+
 def test_a_converted_lora_of_full_rank_is_the_same_update(tmp_path):
     base = mlp()
     model = adapted(base, target_modules=["0"])
@@ -257,6 +282,20 @@ def test_the_core_form_does_not_share_its_layer():
         model.add_adapter("other", FuraConfig(target_modules=["0"]))
 
 
+@pytest.mark.parametrize("axis", ["in", "out"])
+@pytest.mark.parametrize("settings", [*LARGE_CORES, {"form": "core", "quantize_core": "nf4"}], ids=str)
+def test_a_deleted_core_form_leaves_the_base_model_and_room_for_another_adapter(settings, axis):
+    model = adapted(mlp(), block_axis=axis, **settings)
+    x = torch.randn(3, 24)
+    with model.disable_adapter():
+        plain = model(x)
+    model.delete_adapter("default")
+    assert relative_error(model.base_model(x), plain) < TOLERANCE[torch.float32]
+    model.add_adapter("next", FuraConfig(target_modules=["0"]))
+    model.set_adapter("next")
+    assert relative_error(model(x), plain) < TOLERANCE[torch.float32]
+
+
 def test_layers_that_fura_cannot_take_are_refused_by_name():
     from peft import LoraConfig
 
@@ -270,6 +309,8 @@ def test_layers_that_fura_cannot_take_are_refused_by_name():
     integers[0].weight = nn.Parameter(torch.ones(16, 24, dtype=torch.int8), requires_grad=False)
     with pytest.raises(TypeError, match=r"0 has torch.int8 weights"):
         adapted(integers)
+    with pytest.raises(TypeError, match=r"0 has torch.float8_e4m3fn weights; .* load the model in bfloat16"):
+        adapted(mlp(torch.float8_e4m3fn))
 
 
 def test_the_random_basis_warns_of_what_it_loses():
@@ -313,3 +354,43 @@ def test_the_update_follows_a_basis_that_is_written_to_or_replaced():
         expected = blocks.block_update(core.change(), core.basis_v, core.scale())
         assert torch.allclose(core.update(), expected, atol=1e-5)
         assert change == core.double or not torch.allclose(core.update(), before, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", FORMS, ids=str)
+def test_a_model_made_in_inference_mode_computes_what_another_computes(settings):
+    base, x = mlp(), torch.randn(9, 24)
+    with torch.inference_mode():
+        torch.manual_seed(1)
+        model = adapted(base, **settings)
+        inside = model(x)
+    torch.manual_seed(1)
+    expected = adapted(base, **settings)(x)
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+    assert torch.equal(inside, expected)
+
+
+def test_training_may_follow_an_evaluation_in_inference_mode():
+    model = adapted(mlp())
+    with torch.inference_mode():
+        model(torch.randn(9, 24))
+    model(torch.randn(9, 24)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_a_layer_is_decomposed_where_it_lies_where_the_gpu_has_no_room(monkeypatch):
+    """The meta device stands in for a full GPU."""
+    base = mlp()
+    expected = adapted(base, init_weights=True).state_dict()
+    decompose = frames.svd_frame
+
+    def full(weight, size):
+        if weight.device.type == "meta":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decompose(weight, size)
+
+    monkeypatch.setattr(frames, "svd_frame", full)
+    monkeypatch.setattr(fura_layer, "conversion_device", lambda home: torch.device("meta"))
+    with pytest.warns(UserWarning, match=r"meta has no room .* shape \(16, 24\) .* decomposed on cpu instead"):
+        model = adapted(base, init_weights=True)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())

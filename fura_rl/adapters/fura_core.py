@@ -47,11 +47,12 @@ class FuraCore(nn.Module):
 
     def inverse_values(self) -> torch.Tensor:
         """`pseudo_inverse` of S0, (n, r); anew only where S0 is another tensor by now, or was written to."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.basis_s.is_inference():  # the latter counts no writes
             return blocks.pseudo_inverse(self.basis_s)
         source, version, inverse = self._inverse
         if source is not self.basis_s or version != self.basis_s._version:
-            inverse = blocks.pseudo_inverse(self.basis_s)
+            with torch.inference_mode(False):  # an evaluation may come first, and training saves this for its backward
+                inverse = blocks.pseudo_inverse(self.basis_s)
             self._inverse = self.basis_s, self.basis_s._version, inverse
         return inverse
 

@@ -71,24 +71,27 @@ class FuraLinear(nn.Module, BaseTunerLayer):
             ValueError: where the block size does not divide, the base weight is not a finite float matrix, the name is
                 taken, or the core form would have to share the layer with another adapter.
         """
-        self._check_room(adapter_name, config)
+        self.check_room(adapter_name, config)
         axis = block_axis or config.block_axis
         size = self._resolve_block_size(block_size or config.block_size, axis, head_dim)
         conversion_skipped = parameters_go_to_meta() and config.save_basis and config.form == "base"
         weight = self._pristine_meta_weight() if conversion_skipped else self.pristine_weight()
         oriented = self._orient(weight, axis)
         if weight.device.type == "meta":
-            core = FuraCore(empty_frame(oriented, size, config), config, axis)
+            frame, large = empty_frame(oriented, size, config)
         else:
             check_weight(weight, self.layer_name)
-            core = self._convert(oriented, size, axis, config)
+            frame, large = self._convert(oriented, size, config)
+        core = FuraCore(frame, config, axis)
+        if large is not None:
+            self._store_large_core(core, large, axis, config)
         if not config.init_weights and core.basis_v.device.type != "meta" and not parameters_go_to_meta():
             core.randomize()
         self.fura_core[adapter_name] = core
         self._cast_core(core, config.core_dtype, weight.dtype)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _check_room(self, adapter_name: str, config: FuraConfig) -> None:
+    def check_room(self, adapter_name: str, config: FuraConfig) -> None:
         if adapter_name in self.fura_core:
             raise ValueError(f"{self.layer_name} already carries an adapter called {adapter_name!r}; delete it first")
         if self.fura_core and (config.form == "core" or self.core_form is not None):
@@ -110,17 +113,16 @@ class FuraLinear(nn.Module, BaseTunerLayer):
         return resolve_block_size(size, cut, other, f"{axis}_features", self.layer_name)
 
     @torch.no_grad()
-    def _convert(self, oriented: torch.Tensor, size: int, axis: str, config: FuraConfig) -> FuraCore:
-        """The adapter's tensors, and in core form the large core, put in the base weight's place or trained."""
+    def _convert(
+        self, oriented: torch.Tensor, size: int, config: FuraConfig
+    ) -> tuple[frames.Frame, torch.Tensor | None]:
+        """`make_frame` of the weight, where it lies and in its dtype; says what the frame does not hold."""
         home, dtype = oriented.device, oriented.dtype
-        frame, large = make_frame(oriented.to(conversion_device(home)), size, config)
+        frame, large = make_frame_where_there_is_room(oriented, size, config)
         if config.basis == "random":
             warn_of_lost_weight(oriented, blocks.fold(large, frame.right.mT).to(home), self.layer_name)
         self.dropped_directions = frame.dropped
-        core = FuraCore(frame.to(home), config, axis)
-        if config.form == "core":
-            self._store_large_core(core, large.to(home, dtype), axis, config)
-        return core
+        return frame.to(home), None if large is None else large.to(home, dtype)
 
     def _store_large_core(self, core: FuraCore, large: torch.Tensor, axis: str, config: FuraConfig) -> None:
         stored = (large if axis == "in" else large.mT).contiguous()
@@ -272,6 +274,13 @@ class FuraLinear(nn.Module, BaseTunerLayer):
             self._put(self.pristine_weight())  # PEFT takes the tensors of what is now the base layer
         return self.get_base_layer()
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """A core form that goes leaves a dense linear layer behind, as `unload` does: L alone is not the base map."""
+        if self.owns_large_core and adapter_name in self.fura_core:
+            self._put(self.pristine_weight())
+            self._set_aside = None
+        super().delete_adapter(adapter_name)
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True  # get_delta_weight is additive
 
@@ -339,7 +348,9 @@ class FuraLinear(nn.Module, BaseTunerLayer):
         """
         for name, core in self.fura_core.items():
             saved = state_dict.get(f"{prefix}fura_core.{name}.basis_v")
-            if not self.owns_large_core or saved is None or torch.equal(saved.to(core.basis_v), core.basis_v):
+            if not self.owns_large_core or saved is None or core.basis_v.device.type == "meta":
+                continue  # an empty layer takes the large core that was saved with the basis
+            if torch.equal(saved.to(core.basis_v), core.basis_v):
                 continue
             saved = saved.to(core.basis_v)
             if core.basis_s is None:
@@ -405,13 +416,31 @@ def make_frame(weight: torch.Tensor, size: int, config: FuraConfig) -> tuple[fra
     return frames.Frame(inverse, None, dropped), None
 
 
-def empty_frame(weight: torch.Tensor, size: int, config: FuraConfig) -> frames.Frame:
-    """A frame of the right shapes for a weight that has no values yet (meta device); a checkpoint fills it."""
+def make_frame_where_there_is_room(
+    weight: torch.Tensor, size: int, config: FuraConfig
+) -> tuple[frames.Frame, torch.Tensor | None]:
+    """`make_frame` on the conversion device or, where others have filled that, where the weight lies."""
+    device = conversion_device(weight.device)
+    if device != weight.device:
+        try:
+            return make_frame(weight.to(device), size, config)
+        except torch.OutOfMemoryError:
+            warnings.warn(
+                f"{device} has no room to decompose a layer of shape {tuple(weight.shape)} (does a rollout server fill "
+                f"it?); it is decomposed on {weight.device} instead, which takes longer",
+                stacklevel=2,
+            )
+    return make_frame(weight, size, config)
+
+
+def empty_frame(weight: torch.Tensor, size: int, config: FuraConfig) -> tuple[frames.Frame, torch.Tensor | None]:
+    """As `make_frame`, of the right shapes for a weight without values (meta device); a checkpoint fills them."""
     rows, cols = weight.shape
     n, r = cols // size, min(rows, size)
     options = {"device": "meta", "dtype": torch.promote_types(weight.dtype, torch.float32)}
     values = torch.empty(n, r, **options) if config.basis == "svd" else None
-    return frames.Frame(torch.empty(n, size, r, **options), values)
+    large = weight.new_empty(rows, n * r) if config.form == "core" else None
+    return frames.Frame(torch.empty(n, size, r, **options), values), large
 
 
 def parameters_go_to_meta() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from typing import Any
@@ -98,30 +99,37 @@ class FuraModel(BaseTuner):
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
         """A new adapter whose update is the weighted sum of others': their block matrices combine exactly.
 
+        It adapts every layer that one of them adapts, each with the blocks that it has there.
+
         Raises:
-            ValueError: where an adapter is unknown, or two have different blocks on a layer.
+            ValueError: where an adapter is unknown or the name taken, two have different blocks on a layer, or one is
+                in core form.
         """
         if len(adapters) != len(weights):
             raise ValueError(f"{len(adapters)} adapters but {len(weights)} weights; give one weight for each")
         if unknown := [name for name in adapters if name not in self.peft_config]:
             raise ValueError(f"there is no adapter {unknown}; the model has {list(self.peft_config)}")
-        layers = fura_layers(self.model)
+        if adapter_name in self.peft_config:
+            raise ValueError(f"there is an adapter {adapter_name!r} already; delete it first, or give another name")
+        layers = [layer for layer in fura_layers(self.model) if not layer.fura_core.keys().isdisjoint(adapters)]
+        config = copy.deepcopy(self.peft_config[adapters[0]])
+        config.target_modules = {layer.layer_name for layer in layers}
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
         for layer in layers:
-            kinds = {
-                (c.axis, c.block_size, c.form) for c in (layer.fura_core[n] for n in adapters if n in layer.fura_core)
-            }
+            layer.check_room(adapter_name, config)
+            kinds = {(c.axis, c.block_size) for name, c in layer.fura_core.items() if name in adapters}
             if len(kinds) > 1:
                 raise ValueError(f"{layer.layer_name}: adapters {adapters} have different blocks {sorted(kinds)}")
-        self.peft_config[adapter_name] = self.peft_config[adapters[0]]
+            [(config.block_axis_pattern[layer.layer_name], config.block_size_pattern[layer.layer_name])] = kinds
+        self.peft_config[adapter_name] = config
         self.inject_adapter(self.model, adapter_name)
         for layer in layers:
-            if adapter_name in layer.fura_core:
-                parts = [
-                    weight * layer.fura_core[name].update()
-                    for name, weight in zip(adapters, weights, strict=True)
-                    if name in layer.fura_core
-                ]
-                layer.fura_core[adapter_name].fit(torch.stack(parts).sum(0))
+            parts = [
+                weight * layer.fura_core[name].update()
+                for name, weight in zip(adapters, weights, strict=True)
+                if name in layer.fura_core
+            ]
+            layer.fura_core[adapter_name].fit(torch.stack(parts).sum(0))
 
 
 def fura_layers(model: nn.Module) -> list[FuraLinear]:
@@ -190,5 +198,8 @@ def check_supported(target: nn.Module, name: str) -> None:
         )
     if backend is None and not isinstance(target, nn.Linear | Conv1D):
         raise TypeError(f"{name} is a {type(target).__name__}; FuRA adapts linear layers (nn.Linear, Conv1D) only")
-    if backend is None and not target.weight.is_floating_point():
-        raise TypeError(f"{name} has {target.weight.dtype} weights; FuRA needs a floating-point weight")
+    if backend is None and not (target.weight.is_floating_point() and target.weight.itemsize >= 2):
+        raise TypeError(  # float8 is floating point, but torch has no arithmetic for it
+            f"{name} has {target.weight.dtype} weights; FuRA needs a floating-point weight of 16 bits or more: load "
+            "the model in bfloat16, or quantized with bitsandbytes"
+        )

@@ -73,8 +73,11 @@ def measure_method(settings: Settings, method: str) -> dict[str, Any]:
     rollout()  # timed once: it takes seconds where launches are slow
     measure.synchronize(settings.device)
     times = {"rollout_s": settings.clock() - started}
-    times |= measure.interleaved_medians({"train_s": lambda: train(sequences)}, settings)
+    train(sequences)
     states = [t for state in optimizer.state.values() for t in state.values()]
+    if not all(t.isfinite().all() for t in [*trained, *states]):
+        raise RuntimeError(f"{method}: a step of {settings.model} in {settings.dtype} leaves non-finite values")
+    times |= measure.interleaved_medians({"train_s": lambda: train(sequences)}, settings, warm_up=0)
     held = sum(t.nbytes for t in [*policy.parameters(), *policy.buffers(), *states])
     return {
         "model": settings.model,

@@ -11,7 +11,7 @@ from torch import nn
 
 from fura_rl.adapters import blocks, frames
 from fura_rl.adapters.fura_config import FuraConfig
-from fura_rl.adapters.fura_tuner import PAPER_TARGETS
+from fura_rl.adapters.fura_tuner import PAPER_TARGETS, fura_layers
 from fura_rl.benchmark import measure
 from fura_rl.benchmark.measure import Settings
 from fura_rl.benchmark.models import layer_shapes, random_model
@@ -59,14 +59,29 @@ def conversion_peak(settings: Settings, shape: tuple[int, int]) -> int:
 
 def convert_for_real(settings: Settings) -> dict[str, float]:
     model = random_model(settings.model, settings.device, torch.bfloat16)
-    seconds = []
+    seconds, policies = [], []
 
-    def convert() -> nn.Module:
+    def convert() -> None:
         started = time.perf_counter()
-        policy = adapted(model)
+        policies.append(adapted(model))
         measure.synchronize(settings.device)
         seconds.append(time.perf_counter() - started)
-        return policy
 
     beyond = measure.peak_process_bytes(convert, settings.device)
+    check_frames(policies[0])
     return {"convert_s": seconds[0], "beyond_gb": beyond / 1e9}
+
+
+@torch.no_grad()
+def check_frames(policy: nn.Module) -> None:
+    """Every block's W V0 must have columns at right angles, of lengths S0: that is what an SVD is, in one product.
+
+    Raises:
+        RuntimeError: where a layer's do not.
+    """
+    for layer in fura_layers(policy):
+        core = layer.fura_core["default"]
+        weight = layer.pristine_weight().float()
+        columns = weight.unflatten(1, (-1, core.block_size)).transpose(0, 1) @ core.basis_v
+        name = f"the frame of {layer.layer_name}"
+        measure.check(name, columns.mT @ columns, torch.diag_embed(core.basis_s.square()), torch.float32)
