@@ -164,6 +164,26 @@ def update_lost(seen: Seen, settings: AlarmSettings) -> Reading | None:
     return None
 
 
+# Why an alarm can see nothing under the arguments of a trainer, which may be any of TRL's; None where it can.
+
+
+def one_line(args: Any) -> str | None:
+    return "needs alarm_patience above 1" if getattr(args, "alarm_patience", None) == 1 else None
+
+
+def without_sync(args: Any) -> str | None:
+    return None if getattr(args, "use_vllm", True) else "needs use_vllm"  # TRL's asynchronous trainer has no other way
+
+
+def without_correction(args: Any) -> str | None:
+    corrected = getattr(args, "vllm_importance_sampling_correction", False)
+    return without_sync(args) or (None if corrected else "needs vllm_importance_sampling_correction")
+
+
+def without_reference(args: Any) -> str | None:
+    return None if getattr(args, "beta", 0) else "needs beta above 0"
+
+
 @dataclass(frozen=True)
 class Alarm:
     """One row of the table."""
@@ -171,6 +191,7 @@ class Alarm:
     measures: str  # what value and threshold are of
     check: Callable[[Seen, AlarmSettings], Reading | None]
     mend: str
+    blind: Callable[[Any], str | None] = lambda args: None
 
 
 ALARMS = {
@@ -178,6 +199,7 @@ ALARMS = {
         "spread of the mean reward", reward_constant,
         "nothing is left to learn, or the reward sees no difference: read completions (--log_completions), try harder "
         "or easier problems",
+        one_line,
     ),
     "groups_equal": Alarm(
         "frac_reward_zero_std", beyond("frac_reward_zero_std", "alarm_equal_groups_frac", operator.ge),
@@ -197,10 +219,12 @@ ALARMS = {
         beyond("sampling/importance_sampling_ratio/cut_frac", "alarm_importance_cut_frac"),
         "the engine samples from another policy than the one trained: compare vllm_dtype with the policy's dtype; for "
         "long completions use vllm_importance_sampling_mode=token_truncate",
+        without_correction,
     ),
     "rollout_gap_grows": Alarm(
         "sampling/sampling_logp_difference/mean in nats", rollout_gap_grows,
         "engine and trainer drift apart: look at sync/probe_max_gap, set sync_probe_every=1, or serve in float32",
+        without_correction,
     ),
     "entropy_collapses": Alarm(
         "entropy in nats", entropy_collapses,
@@ -209,6 +233,7 @@ ALARMS = {
     "kl_blows_up": Alarm(
         "kl in nats a token", beyond("kl", "alarm_kl"),
         "the policy has left its reference: lower learning_rate, raise beta, or go back to an earlier checkpoint",
+        without_reference,
     ),
     "adapter_frozen": Alarm(
         "grad_norm", adapter_frozen,
@@ -218,6 +243,7 @@ ALARMS = {
         "sync/update_cosine", update_lost,
         "rounding to the engine's dtype swallows the update: use fold_rounding=stochastic, vllm_dtype=float32, or a "
         "higher learning_rate",
+        without_sync,
     ),
 }  # fmt: skip
 
@@ -228,6 +254,14 @@ def raised(seen: Seen, settings: AlarmSettings) -> dict[str, Reading]:
         return {}
     readings = {name: alarm.check(seen, settings) for name, alarm in ALARMS.items()}
     return {name: reading for name, reading in readings.items() if reading is not None}
+
+
+def blind(settings: AlarmSettings, args: Any) -> dict[str, str]:
+    """The alarms that are enabled and cannot see anything under the arguments of a trainer: name -> why."""
+    if settings.alarm_patience == 0:
+        return {}
+    reasons = {name: alarm.blind(args) for name, alarm in ALARMS.items()}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def message(name: str, reading: Reading, step: int, patience: int) -> str:
@@ -330,7 +364,10 @@ class Alarms(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A resumed run knows what its earlier part has shown."""
+        """A resumed run knows what its earlier part has shown; and no run is taken for watched where it is not."""
+        if state.is_world_process_zero and (unseen := blind(self.settings, args)):
+            shown = "; ".join(f"{name} ({reason})" for name, reason in unseen.items())
+            logger.warning("alarms that cannot go on under these settings: %s", shown)
         self._forget()
         for line in state.log_history:
             if is_training_line(line):

@@ -69,18 +69,29 @@ def load_splits(
         return DatasetDict(
             {split: Dataset.from_list(task.make_rows(split, size, 0)) for split, size in task.sizes.items()}
         )
+    if (path := local_file(name)) is not None:
+        return load_dataset(LOCAL_FORMATS[path.suffix], data_files={script.dataset_train_split: str(path)})
+    if script.dataset_streaming:
+        raise ValueError("dataset_streaming=true is not supported: every gold is checked before training starts")
+    return load_dataset(name, name=script.dataset_config, revision=revision)
+
+
+def local_file(name: str) -> Path | None:
+    """The file that `dataset_name` is, None where it is a task, a folder or a hub id.
+
+    Raises:
+        ValueError: where it looks like a path and nothing is there, or the file is empty.
+    """
     path = Path(name).expanduser()
     if path.suffix in LOCAL_FORMATS:
         if not path.is_file():
             raise ValueError(f"dataset_name={name!r} does not exist")
         if not path.stat().st_size:  # datasets ends with a bare StopIteration
             raise ValueError(f"dataset_name={name!r} is empty: it has no problems")
-        return load_dataset(LOCAL_FORMATS[path.suffix], data_files={script.dataset_train_split: str(path)})
+        return path
     if path.is_absolute() and not path.exists():
         raise ValueError(f"dataset_name={name!r} does not exist")
-    if script.dataset_streaming:
-        raise ValueError("dataset_streaming=true is not supported: every gold is checked before training starts")
-    return load_dataset(name, name=script.dataset_config, revision=revision)
+    return None
 
 
 def pick_split(splits: DatasetDict, spec: str, source: str) -> Dataset:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import GRPOConfig
 
 from fura_rl.alarms import AlarmSettings
+from fura_rl.redaction import redacted
 
 
 @dataclass
@@ -85,3 +87,7 @@ class FuraGRPOConfig(AlarmSettings, GRPOConfig):
             "choices": ["nearest", "stochastic"],
         },
     )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without secrets: transformers pickles the arguments into every checkpoint, `hub_token` in clear."""
+        return redacted(vars(self))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import enum
 import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
-SECRET_NAME = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|credentials?)$", re.IGNORECASE)
-SECRET_ARGUMENT = re.compile(r"(\w*(?:token|secret|password|api_?key)\s*=\s*)(['\"]).*?\2", re.IGNORECASE)
+# the last word of a name: HF_TOKEN, OPENAI_KEY, AWS_SECRET_ACCESS_KEY, GITHUB_PAT, a header's x-api-key
+WORDS = "token|secret|password|passwd|apikey|key|credentials?|authorization|pat"
+SECRET_NAME = re.compile(rf"(^|[_-])({WORDS})$", re.IGNORECASE)
+SECRET_ARGUMENT = re.compile(rf"(\w*(?:{WORDS})\s*=\s*)(['\"]).*?\2", re.IGNORECASE)
 SHORTEST = 6  # a shorter value of the environment is a switch, not a secret
 
 
@@ -21,7 +24,7 @@ def redacted(value: Any, environment: Mapping[str, str] = os.environ) -> Any:
         }
     if isinstance(value, list | tuple):
         return [redacted(item, environment) for item in value]
-    if not isinstance(value, str):
+    if not isinstance(value, str) or isinstance(value, enum.Enum):
         return value
     for name, secret in environment.items():
         if SECRET_NAME.search(name) and len(secret) >= SHORTEST:

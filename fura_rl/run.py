@@ -246,15 +246,10 @@ def load_held_out(
     """What is scored at both ends of training, and what `eval_strategy` scores during it.
 
     Raises:
-        ValueError: where a split is missing or has too few problems, or there is nothing to evaluate.
+        ValueError: where a split is missing or has too few problems.
     """
     script, training = arguments.script, arguments.training
-    during = training.eval_strategy != "no"
     if not script.eval_problems:
-        if during:
-            raise ValueError(
-                f"eval_strategy={training.eval_strategy.value!r} has nothing to evaluate: set eval_problems"
-            )
         return None, None
     source = script.dataset_name or "the dataset mixture"
 
@@ -276,7 +271,7 @@ def load_held_out(
         )
 
     ends = held_out(script.dataset_test_split)
-    if not during:
+    if training.eval_strategy == "no":
         return ends, None
     split = script.dataset_eval_split or script.dataset_test_split
     return ends, ends if split == script.dataset_test_split else held_out(split)

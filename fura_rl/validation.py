@@ -51,6 +51,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
 Rule = tuple[str, Callable[[float], bool]]
 POSITIVE: Rule = ("1 or more", lambda value: value >= 1)
 NOT_NEGATIVE: Rule = ("0 or more", lambda value: value >= 0)
+POSITIVE_NUMBER: Rule = ("more than 0", lambda value: value > 0)
+DECAY: Rule = ("at least 0 and less than 1", lambda value: 0 <= value < 1)
 SHARE: Rule = ("a share between 0 and 1", lambda value: 0 <= value <= 1)
 PART: Rule = ("more than 0 and at most 1", lambda value: 0 < value <= 1)
 RULES: dict[str, Rule] = {
@@ -65,16 +67,24 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(
         (
-            "alarm_gap_growth", "alarm_grad_norm", "alarm_kl", "alarm_patience", "alarm_reward_spread", "beta",
-            "eval_problems", "learning_rate", "max_grad_norm", "seed", "sync_audit_every", "vllm_server_timeout",
-            "warmup_steps", "weight_decay",
+            "adam_epsilon", "alarm_gap_growth", "alarm_grad_norm", "alarm_kl", "alarm_patience", "alarm_reward_spread",
+            "beta", "epsilon", "epsilon_high", "eval_problems", "learning_rate", "max_grad_norm", "seed",
+            "sync_audit_every", "warmup_steps", "weight_decay",
         ),
         NOT_NEGATIVE,
     ),
-    **dict.fromkeys(("logging_steps", "save_steps", "temperature"), ("more than 0", lambda value: value > 0)),
+    **dict.fromkeys(
+        (
+            "eval_steps", "logging_steps", "repetition_penalty", "save_steps", "sync_probe_tolerance", "temperature",
+            "vllm_server_timeout",
+        ),
+        POSITIVE_NUMBER,
+    ),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout"), DECAY),
+    "min_p": SHARE,
+    "top_k": ("1 or more, or 0 for all tokens", lambda value: value >= -1),  # -1 is vLLM's own word for 0
     **dict.fromkeys(("vllm_gpu_memory_utilization", "top_p"), PART),
     **dict.fromkeys((f.name for f in dataclasses.fields(AlarmSettings) if f.name.endswith("_frac")), SHARE),
-    "lora_dropout": ("at least 0 and less than 1", lambda value: 0 <= value < 1),
     "alarm_update_cosine": ("between -1 and 1", lambda value: -1 <= value <= 1),
     "num_generations": ("2 or more: an advantage is a difference within a group", lambda value: value >= 2),
     "max_steps": ("1 or more, or -1 for num_train_epochs", lambda value: value == -1 or value >= 1),
@@ -249,10 +259,18 @@ def words_of(function: Callable[[str], Any], value: str) -> str | None:
 
 def installed_reporters(values: Values) -> str | None:
     from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as KNOWN
 
     asked = values["report_to"]
     names = [asked] if isinstance(asked, str) else asked or []
-    # a name that transformers does not know is refused there; one that it knows must be installed
+    if names in (["all"], ["none"]):
+        return None
+    for name in names:
+        if name not in KNOWN:
+            near = get_close_matches(name, KNOWN, n=1)
+            return f"report_to={name!r} is not one of all, none, {', '.join(sorted(KNOWN))}" + (
+                f"; did you mean {near[0]!r}?" if near else ""
+            )
     missing = [
         name
         for name in names
@@ -262,11 +280,56 @@ def installed_reporters(values: Values) -> str | None:
     return f"report_to={' '.join(missing)} is not installed: pip install {' '.join(missing)}" if missing else None
 
 
-def no_credentials_in_addresses(values: Values) -> str | None:
-    addresses = (values["vllm_server_base_url"] or "").split(",")
-    if any(urlparse(address.strip()).username is not None for address in addresses):
+def addresses_of_servers(values: Values) -> str | None:
+    given = values["vllm_server_base_url"]
+    if "@" in (given or ""):
         return "vllm_server_base_url holds credentials, which logs would show: set FURA_ROLLOUT_TOKEN instead"
+    if given is None or all(is_address(address.strip()) for address in given.split(",")):
+        return None
+    return f"vllm_server_base_url={given!r}: expected http://HOST:PORT, or several with commas between"
+
+
+def is_address(text: str) -> bool:
+    try:
+        url = urlparse(text)
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:  # of brackets that do not close, or a port that is no number
+        return False
+
+
+def something_to_evaluate(values: Values) -> str | None:
+    during = getattr(values["eval_strategy"], "value", values["eval_strategy"])
+    if during != "no" and not values["eval_problems"]:
+        return f"eval_strategy={during!r} has nothing to evaluate: set eval_problems"
     return None
+
+
+def resumable_checkpoints(values: Values) -> str | None:
+    if values["save_only_model"]:
+        return (
+            "save_only_model=True leaves the optimizer out of the checkpoints, from which the same command would go on "
+            "with a fresh one: leave it out, and set save_total_limit where checkpoints take too much room"
+        )
+    return None
+
+
+def named_output_dir(values: Values) -> str | None:
+    return "output_dir='' names no folder for checkpoints and results" if values["output_dir"] == "" else None
+
+
+def present_model(values: Values) -> str | None:
+    from fura_rl.config import resolve_model
+
+    name = values["model_name_or_path"]
+    return words_of(resolve_model, name) if name else None
+
+
+def present_data(values: Values) -> str | None:
+    """A dry run and a mixture read no `dataset_name`."""
+    from fura_rl.data import local_file
+
+    name = values["dataset_name"]
+    return words_of(local_file, name) if name and not values["dry_run"] and not values["datasets"] else None
 
 
 TOGETHER: dict[Callable[[Values], str | None], tuple[str, ...]] = {
@@ -280,5 +343,10 @@ TOGETHER: dict[Callable[[Values], str | None], tuple[str, ...]] = {
     known_adapter: ("adapter",),
     known_rewards: ("reward_funcs",),
     installed_reporters: ("report_to",),
-    no_credentials_in_addresses: ("vllm_server_base_url",),
+    addresses_of_servers: ("vllm_server_base_url",),
+    something_to_evaluate: ("eval_strategy", "eval_problems"),
+    resumable_checkpoints: ("save_only_model",),
+    named_output_dir: ("output_dir",),
+    present_model: ("model_name_or_path",),
+    present_data: ("dataset_name", "dry_run", "datasets"),
 }  # fmt: skip

@@ -30,6 +30,7 @@ def metrics(results: Sequence[Result]) -> dict[str, float]:
         "seconds_p99": seconds[min(len(seconds) - 1, int(0.99 * len(seconds)))],
         "worker_kills": float(counters.kills),
         "worker_crashes": float(counters.crashes),
+        "worker_unconfined": float(bool(counters.unconfined)),
         "worker_rss_mib": counters.rss_bytes / 2**20,
     }
 

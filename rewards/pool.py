@@ -11,6 +11,7 @@ no alarm, no fork.  A caller that dies takes the nursery and its workers along (
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import subprocess
@@ -27,6 +28,8 @@ from typing import Any
 from rewards import wire
 from rewards.strictness import MODES
 from rewards.wire import COMMAND
+
+logger = logging.getLogger(__name__)
 
 GIB = 2**30
 START_SECONDS = 120.0  # importing sympy on a machine that is short of everything
@@ -222,10 +225,21 @@ class WorkerPool:
             except (EOFError, TimeoutError):
                 ours.close()
                 continue
-            self.counters.unconfined = hello["missing"]
+            self._note_confinement(hello["missing"])
             self.process_ids[index] = hello["hello"]
             return Worker(ours, number)
         raise WorkersError(f"the verifier's workers do not start:\n{self._last_words()}")
+
+    def _note_confinement(self, missing: str) -> None:
+        """Warn, once a pool, that the verifier goes on without its second wall."""
+        with self._nursery_lock:
+            first, self.counters.unconfined = missing and not self.counters.unconfined, missing
+        if first:
+            logger.warning(
+                "verifier workers run UNCONFINED, able to open sockets and start programs: %s. Deadlines and memory "
+                "limit hold; for the rest, use Linux on x86_64 or aarch64, and a container that allows seccomp",
+                missing,
+            )
 
     def _start_nursery(self) -> None:
         if self._control is not None:

@@ -148,9 +148,37 @@ def test_a_resumed_run_knows_its_earlier_lines():
     for kl in (2.0, 2.0, 0.0, 2.0):
         trainer_log(watch, history, {"loss": 0.0, "kl": kl})
     again = Alarms(AlarmSettings(alarm_patience=2))
-    again.on_train_begin(None, SimpleNamespace(log_history=history), None)
+    again.on_train_begin(None, SimpleNamespace(log_history=history, is_world_process_zero=False), None)
     assert again.metrics() == watch.metrics()
     assert list(again.note({"loss": 0.0, "kl": 2.0})) == ["kl_blows_up"]
+
+
+def watching(args):
+    return SimpleNamespace(**{"use_vllm": True, "vllm_importance_sampling_correction": True, "beta": 0.1} | args)
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ({}, {}),
+        ({"beta": 0.0}, {"kl_blows_up": "needs beta above 0"}),
+        (
+            {"vllm_importance_sampling_correction": False},
+            dict.fromkeys(("importance_cut", "rollout_gap_grows"), "needs vllm_importance_sampling_correction"),
+        ),
+        ({"use_vllm": False}, dict.fromkeys(("importance_cut", "rollout_gap_grows", "update_lost"), "needs use_vllm")),
+        ({"beta": 0.0, "alarm_patience": 2}, {"kl_blows_up": "needs beta above 0"}),
+        ({"alarm_patience": 1}, {"reward_constant": "needs alarm_patience above 1"}),
+    ],
+)
+def test_an_alarm_that_can_see_nothing_says_so_as_training_starts(args, expected, caplog):
+    state = SimpleNamespace(log_history=[], is_world_process_zero=True)
+    Alarms(SETTINGS).on_train_begin(watching(args), state, None)
+    shown = "; ".join(f"{name} ({reason})" for name, reason in expected.items())
+    text = f"alarms that cannot go on under these settings: {shown}"
+    assert [record.message for record in caplog.records] == ([text] if expected else [])
+    Alarms(AlarmSettings(alarm_patience=0)).on_train_begin(watching(args), state, None)
+    assert len(caplog.records) == bool(expected), "alarms that are off"
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,21 @@ def test_an_unknown_adapter():
         (["--reward_funcs", "math_rewad"], r"reward_funcs='math_rewad' .*did you mean 'math_reward'\?"),
         (["--report_to", "swanlab"], r"report_to=swanlab is not installed: pip install swanlab"),
         (["--eval_samples", "0"], r"eval_samples='0' in the command line: expected 1 or more"),
+        (["--adam_beta1", "2"], r"adam_beta1='2' in the command line: expected at least 0 and less than 1"),
+        (["--adam_beta2", "1"], r"adam_beta2='1' .*expected at least 0 and less than 1"),
+        (["--top_k", "-5"], r"top_k='-5' .*expected 1 or more, or 0 for all tokens"),
+        (["--repetition_penalty", "0"], r"repetition_penalty='0' .*expected more than 0"),
+        (["--min_p", "3"], r"min_p='3' .*expected a share between 0 and 1"),
+        (["--epsilon", "-1"], r"epsilon='-1' .*expected 0 or more"),
+        (["--eval_steps", "0"], r"eval_steps='0' .*expected more than 0"),
+        (["--sync_probe_tolerance", "nan"], r"sync_probe_tolerance='nan' .*expected more than 0"),
+        (["--vllm_server_timeout", "0"], r"vllm_server_timeout='0' .*expected more than 0"),
+        (["--vllm_server_base_url", "not a url"], r"vllm_server_base_url='not a url': expected http://HOST:PORT"),
+        (["--vllm_server_base_url", "http://a:1,b:2"], r"vllm_server_base_url='http://a:1,b:2': expected http://"),
+        (["--eval_strategy", "steps", "--eval_problems", "0"], r"eval_strategy='steps' has nothing to evaluate"),
+        (["--save_only_model", "true"], r"save_only_model=True leaves the optimizer out.*: leave it out"),
+        (["--output_dir="], r"output_dir='' names no folder"),
+        (["--report_to", "wandbb"], r"report_to='wandbb' is not one of all, none, .*did you mean 'wandb'\?"),
     ],
 )
 def test_arguments_are_refused_by_name(options, message):
@@ -150,6 +165,20 @@ def test_all_faults_are_reported_at_once_with_key_value_and_expectation(tmp_path
     assert first == f"{len(expected)} faults in the settings:"
     assert [text for text in expected if not any(text in fault for fault in faults)] == []
     assert len(faults) == len(expected)
+
+
+def test_paths_that_do_not_exist_are_among_them(tmp_path):
+    wrong = {
+        "model_name_or_path": "/no/model",
+        "dataset_name": "no/rows.jsonl",
+        "report_to": "wandbb",
+        "max_steps": 1.5,
+    }
+    _, *faults = refusal(tmp_path, **wrong)
+    assert [name for name in wrong if not any(fault.strip().startswith(f"{name}=") for fault in faults)] == []
+    assert len(faults) == len(wrong)
+    [fault] = refusal(tmp_path, **wrong | {"dry_run": True, "report_to": "none", "max_steps": 1})
+    assert fault.startswith("model_name_or_path="), "a dry run brings problems of its own, in a model's likeness"
 
 
 def test_choices_that_this_project_lists_are_trls():

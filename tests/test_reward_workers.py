@@ -140,6 +140,28 @@ def test_whatever_sympy_raises_becomes_a_status(monkeypatch, error, status):
         signal.signal(signal.SIGPROF, previous)
 
 
+def test_workers_that_cannot_be_confined_are_told_of_once(monkeypatch, caplog):
+    receive = rewards.wire.receive
+
+    def refused(connection):
+        answer = receive(connection)
+        return answer | {"missing": "the system call filter was refused"} if "hello" in answer else answer
+
+    monkeypatch.setattr(rewards.pool.wire, "receive", refused)
+    pool = WorkerPool(2)
+    monkeypatch.setattr(rewards.grading, "_pool", pool)
+    try:
+        results = grade(SYMBOLIC)
+        wait_until(lambda: len(pool.process_ids) == 2)
+        metrics = rewards.health.metrics(results)
+    finally:
+        pool.close()
+    [record] = caplog.records
+    assert "UNCONFINED, able to open sockets" in record.message
+    assert "the system call filter was refused" in record.message
+    assert metrics["worker_unconfined"] == 1.0
+
+
 def test_workers_are_confined(tmp_path):
     """Asked of a process that went through the same doors, for a worker answers about answers only."""
     code = """

@@ -219,7 +219,7 @@ def test_trls_hooks_get_the_answers_the_verdicts_and_every_share():
     assert columns["verdict"] == ["correct (exact)", "no_answer (extraction)"]
     shares = {status: metrics[f"math_reward/{status}_frac"] for status in rewards.STATUSES}
     assert shares == dict.fromkeys(rewards.STATUSES, 0.0) | {"correct": 0.5, "no_answer": 0.5}
-    for name in ("seconds_p50", "seconds_p99", "worker_kills", "worker_crashes", "worker_rss_mib"):
+    for name in ("seconds_p50", "seconds_p99", "worker_kills", "worker_crashes", "worker_unconfined", "worker_rss_mib"):
         assert metrics[f"math_reward/{name}"] >= 0
 
 

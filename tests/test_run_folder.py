@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -121,6 +122,41 @@ def test_redaction_goes_into_everything():
     assert redacted(value, {}) == expected
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "GITHUB_PAT", "OPENAI_KEY", "SSH_PRIVATE_KEY", "access_key", "api_key",
+        "apikey", "authorization", "Proxy-Authorization", "x-api-key",
+    ],
+)  # fmt: skip
+def test_a_secret_goes_by_many_names(name):
+    assert redacted({name: SECRET}, {}) == {name: f"<{name}>"}
+    assert redacted(f"with {SECRET}", {name: SECRET}) == f"with <{name}>"
+    argument = name.replace("-", "_")
+    assert redacted(f"judge({argument}='{SECRET}')", {}) == f"judge({argument}=<not shown>)"
+
+
+def test_what_only_sounds_like_a_secret_is_recorded():
+    value = {"max_tokens": "5", "tokenizer": "t", "key_column": "k", "pattern": "p", "patience": "q"}
+    assert redacted(value, {"PATH": "/usr/bin", "KEYBOARD": "qwerty"}) == value
+
+
+def test_a_pickle_of_the_arguments_has_no_secret_and_else_everything(tmp_path, monkeypatch):
+    """transformers writes one into every checkpoint and beside every saved model."""
+    monkeypatch.setenv("WANDB_API_KEY", SECRET[::-1])
+    options = ["--hub_token", SECRET, "--run_name", f"with {SECRET[::-1]} in it", "--eval_strategy", "no"]
+    arguments = parse_arguments(["--config", QUICKSTART, *options]).training
+    torch.save(arguments, tmp_path / "training_args.bin")
+    assert not {SECRET.encode(), SECRET[::-1].encode()} & set(
+        re.findall(rb"\w+", (tmp_path / "training_args.bin").read_bytes())
+    )
+    loaded = vars(torch.load(tmp_path / "training_args.bin", weights_only=False))
+    assert {name for name, value in vars(arguments).items() if repr(loaded[name]) != repr(value)} == {
+        "hub_token", "run_name",
+    }  # fmt: skip
+    assert arguments.hub_token == SECRET, "the run itself has it"
+
+
 def test_the_servers_command_line_shows_no_token(monkeypatch):
     monkeypatch.setenv("FURA_ROLLOUT_TOKEN", SECRET)
     words = command("model", "0.0.0.0", 8000, ["--middleware", "another.one"])
@@ -209,7 +245,7 @@ def test_a_resumed_run_leaves_one_whole_folder(tmp_path):
     run = [
         *(sys.executable, "launch/grpo_math.py", "--eval_problems", "0", "--save_steps", "2", "--use_cpu", "true"),
         *("--per_device_train_batch_size", "16", "--log_completions", "true", "--output_dir", str(tmp_path)),
-        *("--report_to", "tensorboard"),
+        *("--report_to", "tensorboard", "--hub_token", SECRET[::-1]),
     ]
     environment = child_environment(FURA_ROLLOUT_TOKEN=SECRET, HF_TOKEN=SECRET)
     for steps in (
@@ -235,7 +271,8 @@ def test_a_resumed_run_leaves_one_whole_folder(tmp_path):
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     names = {path.name for path in files if path.parent == tmp_path}
     assert {"resolved_config.yaml", "environment.json", FILE, "reward_curve.png", "adapter_model.safetensors"} <= names
-    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+    secrets = (SECRET.encode(), SECRET[::-1].encode())
+    assert not [path for path in files if any(secret in path.read_bytes() for secret in secrets)]
 
 
 def steps_of_tensorboard(folder, tag):
