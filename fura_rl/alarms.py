@@ -367,7 +367,7 @@ class Alarms(TrainerCallback):
         """A resumed run knows what its earlier part has shown; and no run is taken for watched where it is not."""
         if state.is_world_process_zero and (unseen := blind(self.settings, args)):
             shown = "; ".join(f"{name} ({reason})" for name, reason in unseen.items())
-            logger.warning("alarms that cannot go on under these settings: %s", shown)
+            logger.warning("alarms that these settings leave blind: %s", shown)
         self._forget()
         for line in state.log_history:
             if is_training_line(line):

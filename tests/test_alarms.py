@@ -175,7 +175,7 @@ def test_an_alarm_that_can_see_nothing_says_so_as_training_starts(args, expected
     state = SimpleNamespace(log_history=[], is_world_process_zero=True)
     Alarms(SETTINGS).on_train_begin(watching(args), state, None)
     shown = "; ".join(f"{name} ({reason})" for name, reason in expected.items())
-    text = f"alarms that cannot go on under these settings: {shown}"
+    text = f"alarms that these settings leave blind: {shown}"
     assert [record.message for record in caplog.records] == ([text] if expected else [])
     Alarms(AlarmSettings(alarm_patience=0)).on_train_begin(watching(args), state, None)
     assert len(caplog.records) == bool(expected), "alarms that are off"
