@@ -222,10 +222,12 @@ class RemoteEngine:
         clock = [time.perf_counter()]
         serves = {reply["version"] for reply in self._checked("fura_status")}
         stamp = {"owner": self.owner, "version": message.version}
+        # workers that a failed commit has left at different versions follow none; one and the same fold mends them
+        previous = serves.pop() if len(serves) == 1 else None
         for index, chunk in enumerate(message.chunks):
             with offered(chunk.data, self.transport.payload_transport) as source:
                 info = stamp | {
-                    "previous": min(serves), "index": index, "chunk_count": len(message.chunks),
+                    "previous": previous, "index": index, "chunk_count": len(message.chunks),
                     "crc32": chunk.crc32, "source": source,
                 }  # fmt: skip
                 self._checked("fura_update", info=info)
