@@ -42,6 +42,43 @@ class SingleClient(VLLMClient):
         transport.wait_until_up(total_timeout)
         transport.request("GET", "/v1/models")  # a wrong token is told as such, before TRL asks
 
+    @contextlib.contextmanager
+    def asked_for(self, prompts: list[list[int]], n: int, max_tokens: int) -> Iterator[None]:
+        """Around a request for `n` completions of each of `prompts`: what goes wrong is said with its mend.
+
+        Raises:
+            EngineLostError: where they are not here in time, or the engine behind the server is dead (5xx).
+            RemoteSyncError: where the server refuses.
+        """
+        try:
+            yield
+        except requests.Timeout as error:
+            raise EngineLostError(
+                f"{self.base_url} did not send {n * len(prompts)} completions of up to {max_tokens} tokens in time, "
+                f"within vllm_server_timeout={self.timeout:g} s: if it was still at work, raise vllm_server_timeout, "
+                "ask for fewer or shorter completions, or add a server; if it hangs, restart it"
+            ) from error
+        except (requests.RequestException, EngineLostError):
+            raise
+        except Exception as error:  # TRL raises a bare Exception for every status but 200
+            if str(error).startswith("Request failed: 5"):
+                raise EngineLostError(f"{self.base_url}: {error}"[:500]) from error
+            if isinstance(error, RemoteSyncError) or str(error).startswith("Request failed: "):
+                raise self._refusal(max(map(len, prompts)), max_tokens, f"{error}"[:500]) from error
+            raise
+
+    def _refusal(self, prompt_length: int, max_tokens: int, words: str) -> RemoteSyncError:
+        """Why the server refused: too long for it, or else in its own words."""
+        limit = HttpTransport(self.base_url).request("GET", "/v1/models")["data"][0]["max_model_len"]
+        needed = prompt_length + max_tokens
+        if needed <= limit:
+            return RemoteSyncError(f"{self.base_url} refused to sample: {words}")
+        return RemoteSyncError(
+            f"a prompt of {prompt_length} tokens with max_completion_length={max_tokens} needs {needed}, but "
+            f"{self.base_url} takes {limit}: start it with --max-model-len {needed} or more, lower "
+            "max_completion_length, or leave out the longest prompts"
+        )
+
 
 class RolloutClient:
     """What TRL's `VLLMGeneration` wants of a client in server mode, over one server or several replicas.
@@ -96,17 +133,22 @@ class RolloutClient:
     def generate(
         self, prompts: list[list[int]], features: list[dict | None] | None = None, **settings: Any
     ) -> dict[str, Any]:
-        """Completions of all prompts from the one version that was synced last.
+        """Completions of all prompts from the one version that was synced last; raises as `of_one_version`."""
+        return self.of_one_version(lambda: self._sample(prompts, features, settings))
+
+    def of_one_version(self, sample: Callable[[], Any]) -> Any:
+        """`sample()`, again and again until all of it comes from the one version that was synced last.
 
         Raises:
             EngineLostError: where a server is not back within `connection_timeout`, or batch after batch is lost.
-            RemoteSyncError: where what came back is another engine: another base model, another trainer's.
+            RemoteSyncError: where what came back is another engine: another base model, another trainer's; or where
+                a server refuses to sample.
         """
         for attempt in range(1, ATTEMPTS + 1):
             if not self.engine.serves_last():
                 self.engine.restore(self.timeout)
             try:
-                output = self._sample(prompts, features, settings)
+                output = sample()
                 if self.engine.serves_last():
                     return output
                 reason: Exception | str = "the server was restarted or its weights changed while it sampled"
@@ -136,14 +178,8 @@ class RolloutClient:
 
         def ask(client: SingleClient, share: slice, settings: dict) -> dict[str, Any]:
             part = None if features is None else features[share]
-            try:
+            with client.asked_for(prompts[share], settings.get("n", 1), settings.get("max_tokens", 16)):
                 return client.generate(prompts=prompts[share], features=part, **settings)
-            except requests.RequestException:
-                raise
-            except Exception as error:  # TRL raises a bare Exception for every status but 200; a 4xx is no loss
-                if not str(error).startswith("Request failed: 5"):
-                    raise
-                raise EngineLostError(f"{client.base_url}: {error}"[:500]) from error
 
         calls = self._calls(len(prompts), settings)
         with ThreadPoolExecutor(min(len(calls), MAX_REQUESTS)) as pool:
@@ -173,27 +209,31 @@ class ServerSampler:
         self.client = client
 
     def generate(self, requests: list[dict[str, Any]], params: Any, use_tqdm: bool = False) -> list[SampledPrompt]:
-        """Completions of {"prompt_token_ids": ...} from the version that was synced last, in order."""
+        """Completions of {"prompt_token_ids": ...}, in order; version and errors as in `RolloutClient.generate`."""
         settings = {
             "n": params.n, "temperature": params.temperature, "top_p": params.top_p, "max_tokens": params.max_tokens,
             "stop_token_ids": params.stop_token_ids, "return_token_ids": True,
         }  # fmt: skip
         prompts = [request["prompt_token_ids"] for request in requests]
-        choices = [
+        choices = self.client.of_one_version(lambda: self._sample(prompts, settings))
+        completions = [SampledCompletion(choice["token_ids"], choice["finish_reason"]) for choice in choices]
+        return [SampledPrompt(completions[i : i + params.n]) for i in range(0, len(completions), params.n)]
+
+    def _sample(self, prompts: list[list[int]], settings: dict[str, Any]) -> list[dict[str, Any]]:
+        """Split over the replicas, in order."""
+        return [
             choice
             for client, share in zip(self.client.clients, split(len(prompts), len(self.client.clients)), strict=True)
             for choice in self._ask(client, prompts[share], settings)
         ]
-        completions = [SampledCompletion(choice["token_ids"], choice["finish_reason"]) for choice in choices]
-        return [SampledPrompt(completions[i : i + params.n]) for i in range(0, len(completions), params.n)]
 
     def _ask(self, client: SingleClient, prompts: list[list[int]], settings: dict[str, Any]) -> list[dict[str, Any]]:
         if not prompts:
             return []
         body = {"model": client.model, "prompt": prompts, **settings}
-        return HttpTransport(client.base_url, timeout=self.client.timeout).request(
-            "POST", "/v1/completions", json=body
-        )["choices"]
+        transport = HttpTransport(client.base_url, timeout=self.client.timeout)
+        with client.asked_for(prompts, settings["n"], settings["max_tokens"]):
+            return transport.request("POST", "/v1/completions", json=body)["choices"]
 
     def reset_prefix_cache(self) -> None:
         """Done with every sync."""

@@ -114,7 +114,7 @@ def serve(model: str, host: str, port: int, extra: Sequence[str], restarts: int)
 
     A server that dies is started again, up to `restarts` times; one that never came to listen is not, for its fault is
     in its options.  It never outlives this process: a SIGTERM or SIGINT ends both, within `STOP_SECONDS`, and so does
-    the death of this process (on Linux).
+    the death of this process.
     """
     check(host, port)
     served = False
@@ -122,6 +122,7 @@ def serve(model: str, host: str, port: int, extra: Sequence[str], restarts: int)
         child = subprocess.Popen(
             command(model, host, port, extra), env=environment(extra), preexec_fn=die_with_parent, process_group=0
         )
+        guard = outliving_guard(child.pid)
         stopped: float | None = None
 
         def stop(number: int, frame: Any, child: subprocess.Popen = child) -> None:
@@ -138,10 +139,26 @@ def serve(model: str, host: str, port: int, extra: Sequence[str], restarts: int)
             time.sleep(0.1)
         with contextlib.suppress(ProcessLookupError):  # an engine whose server was killed would keep its memory
             os.killpg(child.pid, signal.SIGKILL)
+        guard.kill()  # the number of a group that has ended may become another's
+        guard.communicate()
         if stopped or code == 0 or not served or attempt == restarts:
             return 0 if stopped else code
         print(f"the rollout server died with code {code}; starting it again ({attempt + 1} of {restarts})", flush=True)
     return code
+
+
+def outliving_guard(group: int) -> subprocess.Popen:
+    """A shell that ends process group `group` once this process is dead, however it died.
+
+    The server is sent a SIGTERM at our death (`die_with_parent`), but it may be deaf to that; and a SIGKILL in its
+    place would leave its engine, another process, alive.  The shell's input ends with us; it has a session of its own,
+    so that whoever kills our process group leaves it alive.
+    """
+    script = f"read _; sleep {STOP_SECONDS:g}; kill -s KILL -- -{group}"
+    return subprocess.Popen(
+        ["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
 
 
 def die_with_parent() -> None:

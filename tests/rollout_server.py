@@ -56,11 +56,11 @@ class RolloutServer:
         raise TimeoutError(self.log.read_text()[-3000:])
 
     def processes(self) -> list[psutil.Process]:
-        """The server and its engine, without the supervisor."""
+        """The server, its engine and its guard, without the supervisor."""
         return psutil.Process(self.supervisor.pid).children(recursive=True)
 
     def api_server(self) -> psutil.Process:
-        [child] = psutil.Process(self.supervisor.pid).children()
+        [child] = [p for p in psutil.Process(self.supervisor.pid).children() if "--model" in p.cmdline()]
         return child
 
     def kill(self) -> None:

@@ -1,6 +1,7 @@
 """Faults of the machine, each brought about for real: a port that is taken, a wrong token, no memory left."""
 
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from rollout_server import child_environment
 from fura_rl.memory import MENDS, OutOfMemory, out_of_memory_in
 from fura_rl.serve import RequireToken, check, command, environment
 from fura_rl.sync.http_transport import HttpTransport
-from fura_rl.sync.remote_engine import RemoteSyncError
+from fura_rl.sync.remote_engine import Heartbeat, RemoteSyncError
 
 
 @pytest.fixture
@@ -32,20 +33,25 @@ def taken():
 DEAF_SERVER = """
 import sys
 from fura_rl import serve
-deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
-serve.command = lambda *_: [sys.executable, "-c", deaf]
+deaf = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); os.fork(); print(); time.sleep(600)"
+serve.command = lambda *_: [sys.executable, "-uc", deaf]
 serve.STOP_SECONDS = 0.5
 sys.exit(serve.serve("model", "127.0.0.1", serve.free_port(), [], 0))
 """
 
 
-def test_a_server_that_does_not_end_when_told_is_killed():
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_server_that_does_not_end_when_told_is_killed_with_its_engine(number, code):
     launcher = subprocess.Popen([sys.executable, "-c", DEAF_SERVER], stdout=subprocess.PIPE, env=child_environment())
     assert launcher.stdout.readline()
-    [server] = psutil.Process(launcher.pid).children()
-    launcher.terminate()
-    assert launcher.wait(timeout=60) == 0
-    assert not server.is_running()
+    assert launcher.stdout.readline()
+    family = psutil.Process(launcher.pid).children(recursive=True)
+    launcher.send_signal(number)
+    assert launcher.wait(timeout=60) == code
+    left = psutil.wait_procs(family, timeout=20)[1]
+    for process in left:
+        process.kill()
+    assert not left
 
 
 SHORT_LIVED_SERVER = """
@@ -112,7 +118,8 @@ def test_a_port_that_was_just_given_back_may_be_used(taken):
 
 async def behind_the_guard(scope, receive, send):
     await send({"type": "http.response.start", "status": 200, "headers": []})
-    await send({"type": "http.response.body", "body": b'{"reached": true}'})
+    page = scope["path"].startswith("/page")
+    await send({"type": "http.response.body", "body": b"<html>" if page else b'{"reached": true}'})
 
 
 @pytest.fixture
@@ -142,6 +149,25 @@ def test_a_wrong_token_is_refused_by_name_and_is_not_shown(token, guarded, monke
         assert "right" not in str(caught.value)
         assert "wrong" not in str(caught.value)
     assert stranger.request("GET", "/health") == {"reached": True}
+
+
+@pytest.mark.parametrize("place", ["", "/page"])
+def test_a_lease_goes_on_being_renewed_after_an_answer_that_is_not_vllms(place, guarded):
+    transport = HttpTransport(guarded + place)
+    with pytest.raises(RemoteSyncError, match=r"answers, but not as vLLM does.*(reached|<html>)"):
+        transport.call("fura_status")
+    renewals = []
+
+    def renew():
+        renewals.append(1)
+        transport.call("fura_renew")
+
+    heartbeat = Heartbeat(renew, 0.01)
+    deadline = time.monotonic() + 20
+    while len(renewals) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    heartbeat.stop()
+    assert len(renewals) >= 3
 
 
 @pytest.mark.parametrize("phase", MENDS)

@@ -1,12 +1,17 @@
 """An engine's side of a sync, on a live vLLM model: what is refused before a weight is touched, and what is undone."""
 
+import os
+import signal
+import subprocess
+import sys
 import time
 import zlib
 
 import pytest
 import torch
-from conftest import make_tiny_checkpoint, perturb_trained, start_llm
+from conftest import PARITY_NATS, make_tiny_checkpoint, perturb_trained, start_llm
 from peft import get_peft_model
+from rollout_server import child_environment
 from safetensors.torch import save
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
@@ -20,6 +25,9 @@ from fura_rl.sync.fold import checkpoint_weights
 from fura_rl.sync.payload import PayloadError
 from fura_rl.sync.payload_source import offered, payload_folder, read_payload
 from fura_rl.sync.receiver import OwnershipError, Receiver
+from fura_rl.sync.remote_engine import RemoteEngine, RemoteSyncError
+from fura_rl.sync.vllm_engine import ProcessTransport, find_model_runner
+from fura_rl.sync.weight_sync import WeightSync
 
 PROBE = list(range(5, 45))
 
@@ -213,6 +221,76 @@ def test_a_commit_that_cannot_be_undone_leaves_the_engine_refusing_to_generate(t
     trainer.stage(2, trainer.chunks())
     trainer.receiver.commit("trainer", 2)
     assert (trainer.logprobs() - expected(trainer.policy)).abs().max() < 1e-5
+
+
+class TwoWorkers(ProcessTransport):
+    """Our extension twice over one model, in the place of two tensor-parallel workers."""
+
+    def __init__(self, llm):
+        from vllm.config import WeightTransferConfig
+
+        from fura_rl.sync.vllm_backend import FactoredSyncExtension, FactoredWeightTransferEngine
+
+        super().__init__(llm)
+        runner = find_model_runner(llm)
+        config = WeightTransferConfig(backend="factored")
+        self.workers = [FactoredSyncExtension(), FactoredSyncExtension()]
+        for worker in self.workers:
+            worker.vllm_config = runner.vllm_config
+            worker.weight_transfer_engine = FactoredWeightTransferEngine(
+                config, runner.vllm_config, runner.device, runner.get_model()
+            )
+
+    def call(self, method, **arguments):
+        return [getattr(worker, method)(**arguments) for worker in self.workers]
+
+
+def test_workers_that_a_failed_commit_left_at_two_versions_are_mended_by_the_next_trainer(engine, monkeypatch):
+    transport = TwoWorkers(engine[0].llm)
+    first = RemoteEngine(transport)
+    policy = Trainer(*engine).policy
+    sync = WeightSync(policy, first, PROBE, probe_every=1)
+    sync.sync()
+    perturb_trained(policy, 0.2, seed=0)
+
+    def fail(*_):
+        raise MemoryError("out of memory in a fold")
+
+    with monkeypatch.context() as starved:
+        starved.setattr(transport.workers[1].weight_transfer_engine.receiver, "_write", fail)
+        with pytest.raises(RemoteSyncError, match="out of memory in a fold"):
+            sync.sync()
+    replies = transport.call("fura_status")
+    assert [reply["version"] for reply in replies] == [2, 1]
+    assert all("could not commit" in reply["poisoned"] for reply in replies)
+    first.close()
+    second = RemoteEngine(transport)
+    assert WeightSync(policy, second, PROBE, probe_every=1).sync().probe_max_gap < PARITY_NATS
+    assert second.serves_last()
+
+
+KILLED_IN_AN_OFFER = """
+import os, signal
+from fura_rl.sync.payload_source import offered
+with offered(b"left", "file"):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_payload_file_of_a_trainer_that_was_killed_is_swept_and_that_of_a_living_one_is_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("FURA_SYNC_FOLDER", str(tmp_path))
+    killed = subprocess.run([sys.executable, "-c", KILLED_IN_AN_OFFER], env=child_environment(), timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    [left] = tmp_path.iterdir()
+    with offered(b"living", "file") as living:
+        assert left.exists(), "it could be one that its trainer is about to lock"
+        for path in tmp_path.iterdir():
+            os.utime(path, (0, 0))
+        with offered(b"next", "file") as source:
+            assert read_payload(living) == b"living"
+            assert read_payload(source) == b"next"
+            assert not left.exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_payload_files_are_read_from_their_folder_only_and_are_gone_afterwards(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Two real servers as replicas of one engine: both are synced, both are audited, and the batch is shared out."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import perturb_trained
@@ -11,7 +13,7 @@ from trl import ModelConfig
 from fura_rl.adapters.registry import peft_config_for
 from fura_rl.rollout_client import RolloutClient, split
 from fura_rl.sync.probe import StaleEngineError
-from fura_rl.sync.remote_engine import RemoteSyncError
+from fura_rl.sync.remote_engine import EngineLostError, RemoteSyncError, Replicas
 from fura_rl.sync.weight_sync import WeightSync
 
 PROBE = list(range(5, 45))
@@ -57,6 +59,22 @@ def test_every_replica_serves_the_version_that_was_synced(servers, tied_checkpoi
     assert first.serves_last()
     client.close()
     assert all("secret of this test" not in server.log.read_text() for server in servers)
+
+
+def test_replicas_after_a_dead_one_are_given_back_too():
+    given_back = []
+
+    def engine(name):
+        def close():
+            if name == "dead":
+                raise EngineLostError(name)
+            given_back.append(name)
+
+        return SimpleNamespace(dtype=torch.float32, close=close)
+
+    with pytest.raises(EngineLostError, match="dead"):
+        Replicas([engine("first"), engine("dead"), engine("last")]).close()
+    assert sorted(given_back) == ["first", "last"]
 
 
 def test_items_are_split_in_order_and_evenly():

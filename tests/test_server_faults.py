@@ -17,8 +17,9 @@ from conftest import PARITY_NATS, REPOSITORY, make_tiny_checkpoint, perturb_trai
 from distributed_trainer import TOKENS, policy_of
 from rollout_server import child_environment
 from slow_network import slow_network
+from vllm import SamplingParams
 
-from fura_rl.rollout_client import RolloutClient
+from fura_rl.rollout_client import RolloutClient, ServerSampler
 from fura_rl.sync import probe
 from fura_rl.sync.engine import Update
 from fura_rl.sync.factors import Factors
@@ -103,6 +104,46 @@ def test_seeded_rollouts_do_not_depend_on_what_the_server_has_drawn_before(train
     client.generate(PROMPTS, **SAMPLING)
     assert rollouts(7) == first != rollouts(8)
     assert len({tuple(completion) for completion in first}) == 8, "each completion of each prompt has draws of its own"
+
+
+def test_held_out_problems_are_scored_on_the_synced_version_after_a_restart_too(trainer, rollout_server):
+    policy, sync, client = trainer
+    perturb_trained(policy, 0.5, seed=3)
+    sync.sync()
+    sampler = ServerSampler(client)
+    problems = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    greedy = SamplingParams(temperature=0.0, max_tokens=30)
+
+    def scored():
+        return [prompt.outputs[0].token_ids for prompt in sampler.generate(problems, greedy)]
+
+    before = scored()
+    rollout_server.kill()
+    rollout_server.wait_until_up()  # with the base model's weights
+    assert scored() == before
+    assert client.engine.serves_last()
+
+
+def test_a_batch_that_takes_longer_than_the_limit_names_the_limit_and_the_mend(trainer, rollout_server):
+    impatient = RolloutClient(rollout_server.url, connection_timeout=1.5)
+    impatient.engine = trainer[2].engine
+    with pytest.raises(
+        EngineLostError, match=r"256 completions .* within vllm_server_timeout=1.5 s: .* raise vllm_server_timeout"
+    ):
+        impatient.generate(PROMPTS, **SAMPLING | {"n": 64})
+
+
+def test_what_is_longer_than_the_server_takes_is_refused_with_the_option_to_raise(trainer):
+    _, _, client = trainer
+    needed = r"of 20 tokens with max_completion_length=240 needs 260, .* takes 256: start it with --max-model-len 260"
+    with pytest.raises(RemoteSyncError, match=needed):
+        client.generate(PROMPTS, **SAMPLING | {"max_tokens": 240})
+    problems = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    with pytest.raises(RemoteSyncError, match=needed):
+        ServerSampler(client).generate(problems, SamplingParams(max_tokens=240))
+    with pytest.raises(RemoteSyncError, match=r"refused to sample: Request failed: 400.*temperature"):
+        client.generate(PROMPTS, **SAMPLING | {"temperature": -1.0})
+    assert client.resampled_batches == 0
 
 
 def requests_are_running(server):
@@ -194,7 +235,9 @@ def test_a_network_that_trickles_is_a_clear_error_in_time(trainer, rollout_serve
         client.engine = trainer[2].engine
         client.clients[0].base_url = url
         started = time.monotonic()
-        with pytest.raises(EngineLostError, match=r"no batch of rollouts arrived whole in 3 attempts.*in time"):
+        with pytest.raises(
+            EngineLostError, match=r"no batch of rollouts arrived whole in 3 attempts.*vllm_server_timeout=5 s"
+        ):
             client.generate(PROMPTS, **SAMPLING)
         assert time.monotonic() - started < RECOVERY_SECONDS
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "0.0.0.0")
 MAX_REQUESTS = 64  # at a time, where each prompt is a request
+NOT_OURS = "answers, but not as vLLM does; is another server or a proxy at that address?"
 
 
 class TimeoutAdapter(HTTPAdapter):
@@ -98,7 +99,7 @@ class HttpTransport:
 
         Raises:
             EngineLostError: where nobody answers in time, or the engine behind the server is dead (5xx).
-            RemoteSyncError: where the server refuses, with its words.
+            RemoteSyncError: where the server refuses, with its words, or is not vLLM's.
         """
         try:
             reply = self.session.request(verb, f"{self.address}{path}", timeout=timeout or self.timeout, **options)
@@ -120,10 +121,16 @@ class HttpTransport:
             raise EngineLostError(f"{self.address}{path} failed with {reply.status_code}: {reply.text[:500]}")
         if not reply.ok:
             raise RemoteSyncError(f"{self.address}{path} failed with {reply.status_code}: {reply.text[:500]}")
-        return reply.json() if reply.content else {}
+        try:
+            return reply.json() if reply.content else {}
+        except ValueError as error:
+            raise RemoteSyncError(f"{self.address}{path} {NOT_OURS}: {reply.text[:200]!r}") from error
 
     def call(self, method: str, **arguments: Any) -> list[dict[str, Any]]:
-        replies = self.request("POST", "/collective_rpc", json={"method": method, "kwargs": arguments})["results"]
+        answer = self.request("POST", "/collective_rpc", json={"method": method, "kwargs": arguments})
+        replies = answer.get("results") if isinstance(answer, dict) else None
+        if not isinstance(replies, list):
+            raise RemoteSyncError(f"{self.address}/collective_rpc {NOT_OURS}: {answer!r:.200}")
         if not all(isinstance(reply, dict) for reply in replies):
             raise RemoteSyncError(f"{self.address}: {method} replied {replies!r:.200}")
         return replies

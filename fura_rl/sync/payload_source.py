@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import fcntl
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 # Payload files are read from this folder only; engines on other hosts share one with the trainer under this variable.
 FOLDER_VARIABLE = "FURA_SYNC_FOLDER"
+PREFIX, SUFFIX = "fura-sync-", ".safetensors"
+LOCKED_SECONDS = 60.0  # after which a payload file is surely locked by the trainer that made it, if that one lives
 
 
 def payload_folder() -> Path:
@@ -25,10 +30,25 @@ def offered(data: bytes, transport: str) -> Iterator[dict[str, str]]:
     if transport == "inline":
         yield {"inline": base64.b64encode(data).decode()}
         return
-    with tempfile.NamedTemporaryFile(dir=payload_folder(), prefix="fura-sync-", suffix=".safetensors") as file:
+    sweep()
+    with tempfile.NamedTemporaryFile(dir=payload_folder(), prefix=PREFIX, suffix=SUFFIX) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         file.write(data)
         file.flush()
         yield {"file": file.name}
+
+
+def sweep() -> None:
+    """Remove what trainers that were killed have left in shared memory, which nothing else would ever give back.
+
+    Who lives holds a lock on its file; process numbers would not tell, where containers or hosts share the folder.
+    """
+    for path in payload_folder().glob(f"{PREFIX}*{SUFFIX}"):
+        with contextlib.suppress(OSError):  # another user's, locked, or just removed
+            if time.time() - path.stat().st_mtime > LOCKED_SECONDS:
+                with path.open("rb+") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
 
 
 def read_payload(source: dict[str, str]) -> bytes:

@@ -33,7 +33,6 @@ class Staged:
     """What has arrived of one version."""
 
     version: int
-    previous: int
     chunk_count: int
     chunks: dict[int, dict[str, Factors]] = field(default_factory=dict)
 
@@ -120,9 +119,9 @@ class Receiver:
     # ---- stage, validate, commit
 
     def stage(
-        self, owner: str, version: int, previous: int, index: int, chunk_count: int, data: bytes, crc32: int
+        self, owner: str, version: int, previous: int | None, index: int, chunk_count: int, data: bytes, crc32: int
     ) -> None:
-        """Keep one chunk of a version aside; nothing live is touched.
+        """Keep one chunk of a version aside; nothing live is touched.  It may follow any version if `previous` is None.
 
         Raises:
             OwnershipError: for another owner.
@@ -130,13 +129,13 @@ class Receiver:
         """
         self.renew(owner)
         started = time.monotonic()
-        if previous != self.version:
+        if previous not in (None, self.version):
             raise payload.PayloadError(
                 f"version {version} was made to follow version {previous}, but this engine serves {self.version}"
             )
         fresh = self._staged is None or (self._staged.version, self._staged.chunk_count) != (version, chunk_count)
         if fresh:
-            self._staged, self.phases = Staged(version, previous, chunk_count), {"stage": 0.0}
+            self._staged, self.phases = Staged(version, chunk_count), {"stage": 0.0}
         self._staged.chunks[index] = payload.decode(data, crc32)
         self.phases["stage"] += time.monotonic() - started
 

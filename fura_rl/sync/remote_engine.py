@@ -7,6 +7,7 @@ calls to an engine process.  Staging happens while the engine generates; it is p
 from __future__ import annotations
 
 import base64
+import contextlib
 import itertools
 import logging
 import os
@@ -221,11 +222,13 @@ class RemoteEngine:
         """Stage every chunk, then commit; seconds by phase."""
         clock = [time.perf_counter()]
         serves = {reply["version"] for reply in self._checked("fura_status")}
+        # workers that a failed commit has left at different versions follow none; one and the same fold mends them
+        previous = serves.pop() if len(serves) == 1 else None
         stamp = {"owner": self.owner, "version": message.version}
         for index, chunk in enumerate(message.chunks):
             with offered(chunk.data, self.transport.payload_transport) as source:
                 info = stamp | {
-                    "previous": min(serves), "index": index, "chunk_count": len(message.chunks),
+                    "previous": previous, "index": index, "chunk_count": len(message.chunks),
                     "crc32": chunk.crc32, "source": source,
                 }  # fmt: skip
                 self._checked("fura_update", info=info)
@@ -327,8 +330,10 @@ class Replicas:
             engine.resend()
 
     def close(self) -> None:
-        for engine in self.engines:
-            engine.close()
+        """Give every replica back, those after a dead one too, and then raise its error."""
+        with contextlib.ExitStack() as stack:
+            for engine in self.engines:
+                stack.callback(engine.close)
 
 
 class Follower:

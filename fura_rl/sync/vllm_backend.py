@@ -43,7 +43,7 @@ class FactoredUpdateInfo(WeightTransferUpdateInfo):
 
     owner: str
     version: int
-    previous: int = 0
+    previous: int | None = 0
     index: int = 0
     chunk_count: int = 0
     crc32: int = 0
