@@ -7,14 +7,19 @@ adapter into the live policy, streams every weight over NCCL while the server st
 stages small factors while rollouts go on and pauses only around the commit.  Rollouts in flight then go on from the
 new policy, their keys and values computed anew, and TRL keeps the log-prob that each token was sampled with.
 
+A server that died comes back with the base model, and TRL's worker goes on asking it for rollouts, which it labels with
+the policy's version.  So every rollout is vouched for after it was sampled, and those that nobody can vouch for are
+made too old for TRL to take.
+
 With `fura_rl/trainer.py` the only file that touches TRL's private names.  Read in TRL 1.16.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,13 +33,18 @@ from fura_rl.serve import TOKEN_VARIABLE
 from fura_rl.sync.engine import RolloutEngine
 from fura_rl.sync.http_transport import HttpTransport
 from fura_rl.sync.probe import trainer_logprobs
-from fura_rl.sync.remote_engine import Follower, RemoteEngine
+from fura_rl.sync.remote_engine import Follower, RemoteEngine, Transport
 from fura_rl.sync.sharding import failing_together
 from fura_rl.sync.weight_sync import SyncReport, WeightSync
 from fura_rl.trainer import PROBE_TOKENS, keep_core_dtype
 
 TRL_VERSIONS_READ = "1.16"
-PRIVATE_NAMES = ("def _sync_weight_merged(", "self._metrics", "weight_transfer.send_weights(")
+PRIVATE_NAMES = (
+    "def _sync_weight_merged(", "self._metrics", "weight_transfer.send_weights(", "rollout_queue=self.rollout_queue",
+    "sample = self.queue.get(timeout=", "version = self.model_version_fn()", "if staleness > self.max_staleness:",
+)  # fmt: skip
+
+logger = logging.getLogger(__name__)
 
 
 class FactoredWeightTransfer:
@@ -74,6 +84,53 @@ class FactoredWeightTransfer:
             self.sync.engine.close()
 
 
+class RestartableEngine(RemoteEngine):
+    """A server that tells when it has lost the policy's weights and got them back, in a sync or between two.
+
+    `on_restored` is called as soon as what it samples is the policy's again.
+    """
+
+    def __init__(self, transport: Transport, on_restored: Callable[[], None]) -> None:
+        super().__init__(transport)
+        self._on_restored = on_restored
+
+    def restore(self, timeout: float) -> None:
+        super().restore(timeout)
+        self._on_restored()
+
+
+class VouchedQueue:
+    """TRL's queue of rollouts, which has the server looked at after a rollout was sampled and before it is taken.
+
+    A server that is then the process that was claimed, and holds the last version, has sampled it from the policy.  One
+    that is not is restored, which leaves the rollout too old for TRL to take, see `_disown_rollouts`.
+    """
+
+    def __init__(self, rollouts: Any, engine: RemoteEngine) -> None:
+        self.rollouts = rollouts
+        self.engine = engine
+        self._seen = 0  # rollouts at the head that were there before the last look, which holds for them too
+
+    def qsize(self) -> int:
+        return self.rollouts.qsize()
+
+    def get(self, timeout: float) -> Any:
+        """The next rollout.
+
+        Raises:
+            queue.Empty: where there is none within `timeout`.
+            EngineLostError, RemoteSyncError: where the server lost the policy and cannot be brought back to it.
+        """
+        rollout = self.rollouts.get(timeout=timeout)
+        if self._seen:
+            self._seen -= 1
+            return rollout
+        self._seen = self.rollouts.qsize()
+        if not self.engine.serves_last():
+            self.engine.restore(self.engine.transport.timeout)
+        return rollout
+
+
 class FuraAsyncGRPOTrainer(AsyncGRPOTrainer):
     """`AsyncGRPOTrainer` whose rollout server provably serves the policy that is trained.
 
@@ -111,6 +168,8 @@ class FuraAsyncGRPOTrainer(AsyncGRPOTrainer):
             **(sync_settings or {}),
         )
         self.transfer = transfer
+        if self.accelerator.is_main_process:
+            self.rollout_queue = VouchedQueue(self.rollout_queue, transfer.sync.engine)
         self.alarms = Alarms(alarms or AlarmSettings())
         self.callback_handler.callbacks.insert(0, self.alarms)  # before the reporters, which shall see its counters
 
@@ -121,7 +180,7 @@ class FuraAsyncGRPOTrainer(AsyncGRPOTrainer):
             if self.accelerator.is_main_process:
                 transport = HttpTransport(self.args.vllm_server_base_url, timeout=self.args.vllm_server_timeout)
                 transport.wait_until_up(self.args.vllm_server_timeout)
-                engine = RemoteEngine(transport)
+                engine = RestartableEngine(transport, self._disown_rollouts)
                 dtype = [str(engine.dtype).removeprefix("torch.")]
         broadcast_object_list(dtype, from_process=0)
         return engine or Follower(getattr(torch, dtype[0]))
@@ -144,6 +203,19 @@ class FuraAsyncGRPOTrainer(AsyncGRPOTrainer):
         with self.accelerator.autocast():
             return trainer_logprobs(policy, token_ids, **tree)
 
+    def _disown_rollouts(self) -> None:
+        """Count so far on that TRL drops, as too old, every rollout that is queued or under way."""
+        logger.warning(
+            "the rollout server lost the policy's weights and has them again; rollouts queued or under way may "
+            "be the base model's and are dropped"
+        )
+        self._count_versions(self.args.max_staleness + 1)
+
+    def _count_versions(self, count: int) -> None:
+        self.model_version += count
+        if self.rollout_worker:
+            self.rollout_worker.update_model_version(self.model_version)
+
     def _sync_weight_merged(self, t0: float) -> tuple[float, float, float]:
         """TRL's, without its merge: that would write the base weights, and round them, at every sync.
 
@@ -156,9 +228,7 @@ class FuraAsyncGRPOTrainer(AsyncGRPOTrainer):
         for name, value in self.transfer.reports[-1].metrics().items():
             self._metrics["train"][name].append(value)
         if self.accelerator.is_main_process:
-            self.model_version += 1
-            if self.rollout_worker:
-                self.rollout_worker.update_model_version(self.model_version)
+            self._count_versions(1)
         return t0, arrived, sent
 
 
@@ -176,9 +246,9 @@ def check_layout() -> None:
 
     import trl
 
-    source = inspect.getsource(AsyncGRPOTrainer)
+    source = inspect.getsource(inspect.getmodule(AsyncGRPOTrainer))
     if missing := [name for name in PRIVATE_NAMES if name not in source]:
         raise RuntimeError(
-            f"TRL {trl.__version__}: AsyncGRPOTrainer lacks {', '.join(missing)}. fura_rl reads TRL "
+            f"TRL {trl.__version__}: AsyncGRPO lacks {', '.join(missing)}. fura_rl reads TRL "
             f"{TRL_VERSIONS_READ}: install that version, or bring fura_rl/async_grpo.py up to the new layout"
         )

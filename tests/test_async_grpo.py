@@ -1,19 +1,33 @@
 """TRL's AsyncGRPO with a real rollout server and TRL's own rollout worker: every adapter, base weights untouched."""
 
 import os
+import queue
+from collections import defaultdict
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import PARITY_NATS, REPOSITORY
+from accelerate import PartialState
+from conftest import PARITY_NATS, REPOSITORY, perturb_trained
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer
 from trl.chat_template_utils import qwen3_template
 from trl.experimental.async_grpo import AsyncGRPOConfig, async_grpo_trainer, packing
+from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 from trl.experimental.async_grpo.weight_transfer import WeightTransferClient
 
 from fura_rl import FuraConfig
-from fura_rl.async_grpo import FactoredWeightTransfer, FuraAsyncGRPOTrainer, check_layout
+from fura_rl.async_grpo import (
+    FactoredWeightTransfer,
+    FuraAsyncGRPOTrainer,
+    RestartableEngine,
+    VouchedQueue,
+    check_layout,
+)
+from fura_rl.sync.engine import Update
+from fura_rl.sync.factors import Factors
 
 PEFT_CONFIGS = {
     "fura": FuraConfig(target_modules="all-linear"),
@@ -61,9 +75,92 @@ def test_a_token_that_trls_worker_cannot_send_is_refused_before_anything_is_load
         FuraAsyncGRPOTrainer("no such model")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", PEFT_CONFIGS)
-def test_async_grpo_trains_on_the_factored_sync(method, rollout_server, tmp_path, monkeypatch):
+class Server:
+    """A transport to a server that can be restarted: the claim and the version are gone then, as is its process."""
+
+    address, payload_transport, dtype = "a server of this test", "inline", torch.float32
+    lease_seconds, timeout = float("inf"), 1.0
+    looks = pid = 0
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self):
+        self.pid, self.owner, self.version = self.pid + 1, None, 0
+
+    def call(self, method, info=None):
+        error = None
+        if method == "fura_status":
+            self.looks += 1
+        elif method == "fura_claim":
+            self.owner = info["owner"]
+        elif info["owner"] != self.owner:
+            error = "nobody has claimed this engine"
+        elif info.get("commit"):
+            self.version = info["version"]
+        status = {"pid": self.pid, "owner": self.owner, "version": self.version, "poisoned": None}
+        return [status | {"error": error, "kind": "OwnershipError"}]
+
+    def nothing(self, *_):
+        pass
+
+    pause = resume = stamp = wait_until_up = nothing
+
+
+@pytest.fixture
+def rollouts_of_a_server():
+    """(trainer, server, engine synced to version 1, TRL's queue, what TRL takes out of it)."""
+    PartialState()  # TRL's logger asks for it
+    trainer = FuraAsyncGRPOTrainer.__new__(FuraAsyncGRPOTrainer)
+    trainer.model_version, trainer.args, trainer.rollout_worker = 1, SimpleNamespace(max_staleness=2), None
+    server = Server()
+    engine = RestartableEngine(server, trainer._disown_rollouts)
+    engine.prepare({}, {})
+    engine.push(update(1))
+    rollouts = queue.Queue()
+    taken = async_grpo_trainer.RolloutQueueDataset(
+        VouchedQueue(rollouts, engine), lambda: trainer.model_version, None, 0.0, defaultdict(list), max_staleness=2
+    )
+    return trainer, server, engine, rollouts, iter(taken)
+
+
+def update(version):
+    return Update(version, version - 1, {"model.norm.weight": Factors("dense", {"weight": torch.ones(1)})}, read=None)
+
+
+def rollout(number, model_version):
+    return RolloutSample([], [], np.ones(1), np.ones(1), np.zeros(1), 0.0, model_version, number, {})
+
+
+@pytest.mark.parametrize("found_by", ["the next rollout", "the next sync"])
+def test_what_a_restarted_server_sampled_is_too_old_for_trl_to_take(rollouts_of_a_server, found_by):
+    trainer, server, engine, rollouts, taken = rollouts_of_a_server
+    rollouts.put(rollout(0, trainer.model_version))
+    assert next(taken)["group_id"] == 0
+    server.restart()
+    if found_by == "the next sync":
+        engine.push(update(2))
+    rollouts.put(rollout(1, 1))  # of the base model, under the version that was synced before
+    rollouts.put(rollout(2, 1 + trainer.args.max_staleness + 1))  # begun after the server had the policy again
+    assert next(taken)["group_id"] == 2
+    assert engine.serves_last()
+
+
+def test_one_look_at_the_server_vouches_for_all_rollouts_that_were_queued_before_it(rollouts_of_a_server):
+    _, server, _, rollouts, taken = rollouts_of_a_server
+    looks = server.looks
+    for number in range(3):
+        rollouts.put(rollout(number, 1))
+    assert [next(taken)["group_id"] for _ in range(3)] == [0, 1, 2]
+    assert server.looks == looks + 1
+    rollouts.put(rollout(3, 1))
+    next(taken)
+    assert server.looks == looks + 2, "what arrives after a look needs another"
+
+
+@pytest.fixture
+def make_trainer(rollout_server, tmp_path, monkeypatch):
+    """(peft_config, **settings of AsyncGRPOConfig) -> a trainer on the real server, with attention in plain torch."""
     monkeypatch.setattr(packing, "_flash_attn", lambda: TorchFlashAttention)
     monkeypatch.setattr(async_grpo_trainer, "get_peak_flops_per_device", lambda *_: None)  # TRL asks CUDA for a name
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")]))  # for the worker
@@ -71,19 +168,25 @@ def test_async_grpo_trains_on_the_factored_sync(method, rollout_server, tmp_path
     model = str(rollout_server.wait_until_up().model)
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.response_template = qwen3_template  # TRL asks for one, and knows the templates of published models
-    trainer = FuraAsyncGRPOTrainer(
+    return lambda peft_config, **settings: FuraAsyncGRPOTrainer(
         model,
         count_of_even_characters,
         args=AsyncGRPOConfig(
             output_dir=str(tmp_path), vllm_server_base_url=rollout_server.url, dtype="float32", use_cpu=True,
-            bf16=False, max_steps=3, num_generations=4, per_device_train_batch_size=8, max_completion_length=16,
-            learning_rate=1e-2, logging_steps=1, report_to="none", save_strategy="no", gradient_checkpointing=False,
+            bf16=False, num_generations=4, per_device_train_batch_size=8, max_completion_length=16, logging_steps=1,
+            report_to="none", save_strategy="no", gradient_checkpointing=False, **settings,
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=PEFT_CONFIGS[method],
+        peft_config=peft_config,
         sync_settings={"probe_every": 1},
     )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", PEFT_CONFIGS)
+def test_async_grpo_trains_on_the_factored_sync(method, make_trainer):
+    trainer = make_trainer(PEFT_CONFIGS[method], max_steps=3, learning_rate=1e-2)
     policy = trainer.model
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     trainer.train()
@@ -98,3 +201,32 @@ def test_async_grpo_trains_on_the_factored_sync(method, rollout_server, tmp_path
     changed = {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])}
     assert changed, "it must learn something"
     assert changed <= {name for name, p in policy.named_parameters() if p.requires_grad}, "no base weight is written"
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_no_rollout_of_a_server_that_came_back_with_the_base_model_is_taken(make_trainer, rollout_server, monkeypatch):
+    trainer = make_trainer(PEFT_CONFIGS["fura"], max_steps=1, learning_rate=0.0)
+    policy = trainer.model
+    perturb_trained(policy, 0.2, seed=0)
+    start, rows, taken = trainer.rollout_worker.start, async_grpo_trainer.RolloutQueueDataset.__iter__, []
+
+    def start_on_a_fresh_server():  # between the first sync and the first rollout
+        rollout_server.kill()
+        rollout_server.wait_until_up()
+        start()
+
+    def kept(dataset):
+        for row in rows(dataset):
+            taken.append(row)
+            yield row
+
+    monkeypatch.setattr(trainer.rollout_worker, "start", start_on_a_fresh_server)
+    monkeypatch.setattr(async_grpo_trainer.RolloutQueueDataset, "__iter__", kept)
+    trainer.train()
+    assert taken
+    for row in taken:
+        scored = trainer._score(policy, row["input_ids"].tolist())
+        sampled = torch.from_numpy(row["old_log_probs"])[1:]
+        of_policy = torch.from_numpy(row["completion_mask"])[1:].bool()
+        assert (scored - sampled)[of_policy].abs().max() < PARITY_NATS

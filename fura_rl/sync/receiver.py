@@ -8,6 +8,7 @@ where even that fails the engine refuses to generate.  Knows nothing of vLLM: it
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fura_rl.sync import payload
 from fura_rl.sync.base_weights import BaseWeights
-from fura_rl.sync.engine import rounding_generator
+from fura_rl.sync.engine import LazyFactors, rounding_generator
 from fura_rl.sync.factors import Factors
 from fura_rl.sync.fingerprint import Sample
 
@@ -170,14 +171,20 @@ class Receiver:
                 f"version {version} is incomplete: {len(missing)} of {staged.chunk_count} chunks did not arrive"
             )
         payload.check(staged.factors, self._shapes)
-        return {name: factors.to_device(self.model.device) for name, factors in staged.factors.items()}
+        return staged.factors
 
     def _pristine(self, names: set[str]) -> dict[str, Factors]:
         """The base values of weights that another trainer has changed and the one that owns this engine does not."""
         return {name: Factors("dense", {"weight": self.base.whole(name)}) for name in sorted(names)}
 
     def _write(self, factors: Mapping[str, Factors], seed: int | None) -> None:
-        self.model.write(factors, self.base.read, lambda name: rounding_generator(seed, name, self.model.device))
+        @functools.lru_cache(maxsize=1)  # of a stack, which is asked for once an expert
+        def on_device(name: str) -> Factors:
+            return factors[name].to_device(self.model.device)
+
+        # one after another: all the whole weights at once would need the device's memory a second time
+        moved = LazyFactors({name: functools.partial(on_device, name) for name in factors})
+        self.model.write(moved, self.base.read, lambda name: rounding_generator(seed, name, self.model.device))
 
     def _roll_back(self) -> None:
         """Fold the version before again; without it the model stays poisoned and refuses to generate."""
