@@ -1,6 +1,7 @@
 """The fold, for every adapter method of the table: what it serves is what the policy computes, and W is not written."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -125,6 +126,37 @@ def test_trained_weights_beside_adapters_are_sent_too(tied_checkpoint):
     assert trained == {
         f"model.layers.{i}.{name}.weight" for i in range(layers) for name in ("self_attn.q_proj", "mlp.gate_proj")
     }
+
+
+@pytest.mark.parametrize(
+    ("module", "config"),
+    [
+        ("lm_head", LoraConfig(r=4)),
+        ("lm_head", FuraConfig()),
+        ("lm_head", FuraConfig(form="core")),
+        ("embed_tokens", LoraConfig(r=4)),
+    ],
+    ids=["lora head", "fura head", "fura core head", "lora embedding"],
+)
+def test_an_adapter_on_one_name_of_a_tied_weight_is_refused_and_served_where_nothing_is_tied(
+    module, config, tied_checkpoint, untied_checkpoint
+):
+    config = dataclasses.replace(config, target_modules=["q_proj", module])
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(untied_checkpoint), config)
+    assert f"{module}.weight" in {weight.name.removeprefix("model.") for weight in checkpoint_weights(policy)}
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(tied_checkpoint), config)
+    with pytest.raises(NotImplementedError, match=rf"{module}, but tie_word_embeddings.* {module} out of target_mod"):
+        checkpoint_weights(policy)
+
+
+def test_adapters_that_are_tied_like_their_weights_are_folded_once(tied_checkpoint):
+    config = LoraConfig(r=4, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(tied_checkpoint), config).eval()
+    perturb_trained(policy, 0.3, seed=1)
+    plain, ids = AutoModelForCausalLM.from_pretrained(tied_checkpoint), torch.randint(5, 90, (2, 12))
+    plain.load_state_dict({weight.name: weight.value() for weight in checkpoint_weights(policy)}, strict=False)
+    plain.tie_weights()
+    assert relative_error(plain(input_ids=ids).logits, policy(input_ids=ids).logits) < TOLERANCE[torch.float32]
 
 
 def adapted_layers(checkpoint, name, dtype=torch.float32):

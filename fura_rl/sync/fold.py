@@ -115,16 +115,40 @@ def checkpoint_weights(model: nn.Module) -> list[CheckpointWeight]:
     `model` is a plain or a PEFT model.
 
     Raises:
-        NotImplementedError: for an adapter that does not sit on one layer's `weight`.
+        NotImplementedError: for an adapter that does not sit on one layer's `weight`, or on one name of a tied weight
+            alone.
     """
     base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    seen: set[int] = set()
-    weights = []
-    for weight in _walk(base_model, ""):
-        if id(weight.parameter) not in seen:
-            seen.add(id(weight.parameter))
-            weights.append(weight)
-    return weights
+    named = {weight.name: weight for weight in _walk(base_model, "")}
+    weights: dict[int, CheckpointWeight] = {}
+    for weight in named.values():
+        _refuse_unlike_adapters(weights.setdefault(id(weight.parameter), weight), weight)
+    # an adapter that puts a weight of its own in the place of the tied one has left only the model's record of the tie
+    for name, source in (getattr(base_model, "all_tied_weights_keys", None) or {}).items():
+        if name in named and source in named:
+            _refuse_unlike_adapters(named[source], named[name])
+    return list(weights.values())
+
+
+def _refuse_unlike_adapters(first: CheckpointWeight, second: CheckpointWeight) -> None:
+    """Raises NotImplementedError where two names of one weight, which an engine holds once, are not folded alike."""
+    if first.layer is second.layer or adapter_storages(first.layer) == adapter_storages(second.layer):
+        return
+    adapted = [weight.module_name for weight in (first, second) if weight.layer is not None]
+    raise NotImplementedError(
+        f"target_modules put an adapter on {' and another on '.join(adapted)}, but tie_word_embeddings makes "
+        f"{first.name} and {second.name} one tensor, which the engine holds once: it would not compute what the policy "
+        f"computes. Leave {' and '.join(name.rpartition('.')[2] for name in adapted)} out of target_modules, or, for "
+        "LoRA, adapt both alike with ensure_weight_tying=True"
+    )
+
+
+def adapter_storages(layer: BaseTunerLayer | None) -> set[int]:
+    """Where the numbers of a layer's adapters lie: PEFT ties two adapters by views of the same storage."""
+    if layer is None:
+        return set()
+    base = set(layer.get_base_layer().parameters())
+    return {local(parameter).data_ptr() for parameter in layer.parameters() if parameter not in base}
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[CheckpointWeight]:
