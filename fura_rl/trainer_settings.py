@@ -32,6 +32,11 @@ def check_settings(args: GRPOConfig | None, peft_config: PeftConfig | None, held
         faults.append(
             "modules_to_save with embed_tokens or lm_head drifts from the engine where the two are tied; leave them out"
         )
+    if getattr(peft_config, "lora_bias", False):
+        faults.append(
+            "lora_bias=True trains a bias of the adapter's own, which the weight sync does not fold: set it to false, "
+            "or train the layers' own biases with bias='lora_only'"
+        )
     if "seed" in (getattr(args, "generation_kwargs", None) or {}):
         faults.append("generation_kwargs names a seed, with which all completions of a prompt are the same: set `seed`")
     if faults:

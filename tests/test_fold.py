@@ -18,7 +18,7 @@ from peft import (
     get_peft_model,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from trl import ModelConfig
 
 from fura_rl.adapters.fura_config import FuraConfig
@@ -26,6 +26,7 @@ from fura_rl.adapters.registry import METHODS, peft_config_for
 from fura_rl.sync.factors import RULES, Factors, fold_slice
 from fura_rl.sync.fold import checkpoint_weights, fold, folded_weight
 from fura_rl.sync.fold_rules import SMALL_FORMS, small_factors
+from fura_rl.trainer_settings import check_settings
 
 # Methods by their PEFT config, and the rule that folds them; "dense" where nothing smaller than the weight will do.
 TARGETS = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "o_proj", "down_proj"]}
@@ -49,6 +50,8 @@ FOLDS = {
     "miss": (MissConfig(**TARGETS, r=4), "dense"),
     "vera": (VeraConfig(**TARGETS, r=4), "dense"),
 }
+
+TINY_GPT2 = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=101, bos_token_id=1, eos_token_id=2)
 
 ADAPTERS = [name for name, method in METHODS.items() if method.config_class is not None]
 
@@ -157,6 +160,35 @@ def test_adapters_that_are_tied_like_their_weights_are_folded_once(tied_checkpoi
     plain.load_state_dict({weight.name: weight.value() for weight in checkpoint_weights(policy)}, strict=False)
     plain.tie_weights()
     assert relative_error(plain(input_ids=ids).logits, policy(input_ids=ids).logits) < TOLERANCE[torch.float32]
+
+
+def biased_policy(**settings):
+    """LoRA on GPT-2's linear layers, which have biases, in bfloat16."""
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, **settings)
+    policy = get_peft_model(GPT2LMHeadModel(TINY_GPT2).to(torch.bfloat16), config).eval()
+    perturb_trained(policy, 0.3, seed=1)
+    return policy
+
+
+def test_a_fold_leaves_the_bias_alone_where_the_methods_own_merge_would_write_it():
+    layer = next(m for m in biased_policy(lora_bias=True).modules() if isinstance(m, BaseTunerLayer))
+    bias = layer.get_base_layer().bias
+    before, pointer = bias.detach().clone().normal_(), bias.data_ptr()
+    bias.data.copy_(before)
+    for _ in range(10):
+        folded_weight(layer)
+    assert torch.equal(bias, before)
+    assert bias.data_ptr() == pointer
+
+
+def test_a_bias_of_the_adapters_own_is_refused_and_the_layers_own_trained_biases_are_sent():
+    with pytest.raises(NotImplementedError, match=r"c_attn: lora_bias=True trains.*bias='lora_only'"):
+        checkpoint_weights(biased_policy(lora_bias=True))
+    with pytest.raises(ValueError, match=r"lora_bias=True trains.*bias='lora_only'"):
+        check_settings(None, LoraConfig(lora_bias=True))
+    trained = {weight.name for weight in checkpoint_weights(biased_policy(bias="lora_only")) if weight.trained}
+    assert trained == {f"transformer.h.0.attn.c_attn.{name}" for name in ("weight", "bias")}
 
 
 def adapted_layers(checkpoint, name, dtype=torch.float32):

@@ -115,8 +115,8 @@ def checkpoint_weights(model: nn.Module) -> list[CheckpointWeight]:
     `model` is a plain or a PEFT model.
 
     Raises:
-        NotImplementedError: for an adapter that does not sit on one layer's `weight`, or on one name of a tied weight
-            alone.
+        NotImplementedError: for an adapter that does not sit on one layer's `weight` alone, or sits on one name only of
+            a tied one.
     """
     base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
     named = {weight.name: weight for weight in _walk(base_model, "")}
@@ -158,11 +158,7 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[CheckpointWeight]:
             yield CheckpointWeight(f"{prefix}.{name}", parameter, wrappers.get(name))
     elif isinstance(module, BaseTunerLayer):
         base_layer = module.get_base_layer()
-        if not isinstance(getattr(base_layer, "weight", None), nn.Parameter) or hasattr(module, "parameter_name"):
-            raise NotImplementedError(
-                f"{prefix}: {type(module).__name__} adapts something other than the weight of one layer; the weight "
-                "sync cannot fold it. Use target_modules that name linear layers"
-            )
+        _refuse_what_no_fold_serves(module, prefix)
         for name, parameter in base_layer.named_parameters(recurse=False):
             yield CheckpointWeight(f"{prefix}.{name}", parameter, module if name == "weight" else None)
     elif isinstance(module, ModulesToSaveWrapper):
@@ -176,6 +172,21 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[CheckpointWeight]:
             yield CheckpointWeight(f"{prefix}.{name}".lstrip("."), parameter, quantized=quantized)
         for name, child in module.named_children():
             yield from _walk(child, f"{prefix}.{name}".lstrip("."))
+
+
+def _refuse_what_no_fold_serves(layer: BaseTunerLayer, name: str) -> None:
+    """Raises NotImplementedError for an adapter that moves anything but the weight of its one layer."""
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    if not isinstance(weight, nn.Parameter) or hasattr(layer, "parameter_name"):
+        raise NotImplementedError(
+            f"{name}: {type(layer).__name__} adapts something other than the weight of one layer; the weight "
+            "sync cannot fold it. Use target_modules that name linear layers"
+        )
+    if any(getattr(layer, "lora_bias", {}).get(adapter) for adapter in layer.active_adapters):
+        raise NotImplementedError(
+            f"{name}: lora_bias=True trains a bias of the adapter's own, which the weight sync does not fold; set it "
+            "to false, or train the layers' own biases with bias='lora_only'"
+        )
 
 
 def _nested_wrappers(module: nn.Module) -> Iterator[ParamWrapper]:
@@ -207,8 +218,8 @@ def fold(base_weight: torch.Tensor, layer: BaseTunerLayer) -> torch.Tensor:
 def folded_weight(layer: BaseTunerLayer, base_weight: torch.Tensor | None = None) -> torch.Tensor:
     """The weight that makes the bare layer compute what `layer` computes with its active adapters.
 
-    (out, in), in float32 or wider, so that the one rounding is the engine's.  The base weight is not written: FuRA
-    folds in closed form, any other PEFT method merges into a float32 copy that takes the weight's place meanwhile
+    (out, in), in float32 or wider, so that the one rounding is the engine's.  The base layer is not written: FuRA folds
+    in closed form, any other PEFT method merges into a float32 copy that takes the weight's place meanwhile
     (`base_weight` in its stead, where given).
 
     Raises:
@@ -226,16 +237,20 @@ def folded_weight(layer: BaseTunerLayer, base_weight: torch.Tensor | None = None
     if holds_packed_weight(layer.get_base_layer()):
         return _folded_over_packed(layer)
     weight = layer.get_base_layer().weight
-    pristine = weight.data
-    start = pristine if base_weight is None else base_weight
-    weight.data = whole(start).to(torch.promote_types(start.dtype, torch.float32), copy=True)
+    pristine = {parameter: parameter.data for parameter in layer.get_base_layer().parameters(recurse=False)}
+    start = weight.data if base_weight is None else base_weight
     try:
+        for parameter, data in pristine.items():
+            if parameter is not weight:
+                parameter.data = data.clone()  # a merge may write the bias as well
+        weight.data = whole(start).to(torch.promote_types(start.dtype, torch.float32), copy=True)
         layer.merge()
         folded = weight.data.clone()
         if layer.merged:
             layer.unmerge()  # for the method's own book-keeping only; the copy it works on is thrown away
     finally:
-        weight.data = pristine
+        for parameter, data in pristine.items():
+            parameter.data = data
         layer.merged_adapters.clear()
     return folded
 

@@ -42,8 +42,7 @@ def lora_factors(layer: LoraLayer, names: list[str]) -> Factors | None:
     variants = [layer.lora_variant[name] for name in names if name in layer.lora_variant]
     dora = bool(variants) and all(isinstance(variant, DoraLinearVariant) for variant in variants)
     transposed = getattr(layer, "fan_in_fan_out", False)
-    biased = any(layer.lora_bias.get(name) for name in names)
-    if not set(names) <= set(layer.lora_A) or transposed or biased or (variants and (not dora or len(names) > 1)):
+    if not set(names) <= set(layer.lora_A) or transposed or (variants and (not dora or len(names) > 1)):
         return None
     up = torch.cat([layer.scaling[name] * _float(layer.lora_B[name].weight) for name in names], dim=1)
     down = torch.cat([_float(layer.lora_A[name].weight) for name in names])
