@@ -23,6 +23,7 @@ from trl import ModelConfig
 
 from fura_rl.adapters.fura_config import FuraConfig
 from fura_rl.adapters.registry import METHODS, peft_config_for
+from fura_rl.sync import payload
 from fura_rl.sync.factors import RULES, Factors, fold_slice
 from fura_rl.sync.fold import checkpoint_weights, fold, folded_weight
 from fura_rl.sync.fold_rules import SMALL_FORMS, small_factors
@@ -162,13 +163,16 @@ def test_adapters_that_are_tied_like_their_weights_are_folded_once(tied_checkpoi
     assert relative_error(plain(input_ids=ids).logits, policy(input_ids=ids).logits) < TOLERANCE[torch.float32]
 
 
-def biased_policy(**settings):
-    """LoRA on GPT-2's linear layers, which have biases, in bfloat16."""
-    torch.manual_seed(1)
-    config = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, **settings)
-    policy = get_peft_model(GPT2LMHeadModel(TINY_GPT2).to(torch.bfloat16), config).eval()
+def gpt2_policy(config, dtype=torch.float32):
+    """An adapter on GPT-2's attention, whose layers have biases and store their weights as (in, out)."""
+    policy = get_peft_model(GPT2LMHeadModel(TINY_GPT2).to(dtype), config).eval()
     perturb_trained(policy, 0.3, seed=1)
     return policy
+
+
+def biased_policy(**settings):
+    config = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, **settings)
+    return gpt2_policy(config, torch.bfloat16)
 
 
 def test_a_fold_leaves_the_bias_alone_where_the_methods_own_merge_would_write_it():
@@ -189,6 +193,24 @@ def test_a_bias_of_the_adapters_own_is_refused_and_the_layers_own_trained_biases
         check_settings(None, LoraConfig(lora_bias=True))
     trained = {weight.name for weight in checkpoint_weights(biased_policy(bias="lora_only")) if weight.trained}
     assert trained == {f"transformer.h.0.attn.c_attn.{name}" for name in ("weight", "bias")}
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [({}, "block_rows"), ({"block_axis": "out"}, "block_columns"), ({"form": "core"}, "dense")],
+)
+def test_a_transposed_weight_is_described_as_its_checkpoint_stores_it(settings, rule):
+    stored = {name: tuple(tensor.shape) for name, tensor in GPT2LMHeadModel(TINY_GPT2).state_dict().items()}
+    policy = gpt2_policy(FuraConfig(target_modules=["c_attn", "c_fc"], **settings))
+    weights = {weight.name: weight for weight in checkpoint_weights(policy)}
+    assert {name: weight.shape for name, weight in weights.items()} == {name: stored[name] for name in weights}
+    updates = {name: weight.factors() for name, weight in weights.items() if weight.layer is not None}
+    assert {factors.rule for factors in updates.values()} == {rule}
+    payload.check(updates, stored)
+    for name in updates:
+        layer, identity = weights[name].layer, torch.eye(stored[name][0])
+        own = layer(identity) - layer.get_base_layer().bias
+        assert relative_error(weights[name].value(), own) < TOLERANCE[torch.float32]
 
 
 def adapted_layers(checkpoint, name, dtype=torch.float32):

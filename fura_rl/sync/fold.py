@@ -50,7 +50,8 @@ class CheckpointWeight:
     def shape(self) -> tuple[int, ...]:
         """The tensor's shape in the checkpoint."""
         if isinstance(self.layer, FuraLinear):
-            return (self.layer.out_features, self.layer.in_features)
+            shape = (self.layer.out_features, self.layer.in_features)
+            return shape[::-1] if self.layer.is_conv1d else shape  # a large core is not laid out as its weight was
         if self.quantized is not None or (self.layer is not None and holds_packed_weight(self.layer.get_base_layer())):
             holder = self.quantized if self.quantized is not None else self.layer.get_base_layer()
             return (holder.out_features, holder.in_features)
@@ -200,7 +201,7 @@ def _nested_wrappers(module: nn.Module) -> Iterator[ParamWrapper]:
 def fold(base_weight: torch.Tensor, layer: BaseTunerLayer) -> torch.Tensor:
     """The weight that `layer`, a PEFT layer of any method that can merge, makes of `base_weight`.
 
-    Pure and out of place, in float32 or wider.  `base_weight` is (out, in) as the layer stores it; a layer's own base
+    Pure and out of place, in float32 or wider.  `base_weight` is as the layer stores it; a layer's own base
     weight need not be at hand unless its method has no small form (`fold_rules.SMALL_FORMS`).
     """
     factors = small_factors(layer)
@@ -218,7 +219,7 @@ def fold(base_weight: torch.Tensor, layer: BaseTunerLayer) -> torch.Tensor:
 def folded_weight(layer: BaseTunerLayer, base_weight: torch.Tensor | None = None) -> torch.Tensor:
     """The weight that makes the bare layer compute what `layer` computes with its active adapters.
 
-    (out, in), in float32 or wider, so that the one rounding is the engine's.  The base layer is not written: FuRA folds
+    As stored, in float32 or wider, so that the one rounding is the engine's.  The base layer is not written: FuRA folds
     in closed form, any other PEFT method merges into a float32 copy that takes the weight's place meanwhile
     (`base_weight` in its stead, where given).
 
