@@ -18,6 +18,7 @@ from peft import (
     get_peft_model,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from trl import ModelConfig
 
@@ -230,6 +231,43 @@ def test_fold_equals_the_methods_own_forward_and_leaves_the_base_alone(untied_ch
         assert relative_error(x @ folded.T, expected) < TOLERANCE[torch.float32]
         assert relative_error(x @ before.T, expected) > 1e-4, "the adapter must change the layer"
         assert torch.equal(before, own)
+
+
+TWO_ADAPTERS = {
+    "oft": (OFTConfig(**TARGETS, r=0, oft_block_size=16), "block_columns"),
+    "oft shared": (OFTConfig(**TARGETS, r=0, oft_block_size=16, block_share=True), "block_columns"),
+    "oft of two sizes": (OFTConfig(**TARGETS, r=0, oft_block_size=32), "block_columns"),
+}  # the second adapter beside one of `FOLDS`, and the rule of both
+
+
+@pytest.mark.parametrize("name", TWO_ADAPTERS)
+def test_two_active_adapters_fold_to_what_the_layer_computes_with_both(untied_checkpoint, name):
+    first, (second, rule) = FOLDS[name.partition(" of ")[0]][0], TWO_ADAPTERS[name]
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(untied_checkpoint), copy.deepcopy(first))
+    policy.add_adapter("second", copy.deepcopy(second))
+    policy.base_model.set_adapter(["default", "second"])
+    perturb_trained(policy, 1.0, seed=1)
+    for layer in [module for module in policy.eval().modules() if isinstance(module, BaseTunerLayer)][:3]:
+        weight = layer.get_base_layer().weight.detach().clone()
+        x = torch.randn(5, weight.shape[1])
+        expected = layer(x)
+        for folded in (folded_weight(layer), fold(weight, layer)):
+            assert relative_error(x @ folded.T, expected) < TOLERANCE[torch.float32]
+        factors = small_factors(layer)
+        assert (factors.rule if factors else "dense") == rule
+        for adapter in ("default", "second"):
+            layer.set_adapter(adapter)
+            assert relative_error(layer(x), expected) > 1e-3, "both adapters must change the layer"
+
+
+def test_ofts_small_form_takes_memory_of_the_order_of_its_blocks():
+    """A dense rotation of a layer that is much wider than high would be many times the layer."""
+    policy = get_peft_model(nn.Sequential(nn.Linear(4096, 8)), OFTConfig(target_modules=["0"], oft_block_size=16))
+    layer = next(module for module in policy.modules() if isinstance(module, BaseTunerLayer))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        factors = small_factors(layer)
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert factors.nbytes <= largest < 8 * factors.nbytes < 4096 * 4096 * 4
 
 
 @pytest.mark.parametrize("name", FOLDS)

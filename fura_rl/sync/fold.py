@@ -20,7 +20,7 @@ from torch import nn
 from fura_rl.adapters.fura_layer import FuraLinear
 from fura_rl.adapters.quantized import dequantized_weight, holds_packed_weight
 from fura_rl.sync.factors import Factors, Read, Span, fold_slice
-from fura_rl.sync.fold_rules import small_factors
+from fura_rl.sync.fold_rules import merge_order, small_factors
 from fura_rl.sync.sharding import gathered, is_piece, local, local_rows, whole, whole_shape
 
 
@@ -245,7 +245,7 @@ def folded_weight(layer: BaseTunerLayer, base_weight: torch.Tensor | None = None
             if parameter is not weight:
                 parameter.data = data.clone()  # a merge may write the bias as well
         weight.data = whole(start).to(torch.promote_types(start.dtype, torch.float32), copy=True)
-        layer.merge()
+        layer.merge(adapter_names=merge_order(layer))
         folded = weight.data.clone()
         if layer.merged:
             layer.unmerge()  # for the method's own book-keeping only; the copy it works on is thrown away
