@@ -45,6 +45,7 @@ FOLDS = {
     "pissa": (LoraConfig(**TARGETS, r=4, init_lora_weights="pissa"), "low_rank"),
     "olora": (LoraConfig(**TARGETS, r=4, init_lora_weights="olora"), "low_rank"),
     "oft": (OFTConfig(**TARGETS, r=0, oft_block_size=16), "block_columns"),
+    "oft wide": (OFTConfig(**TARGETS, r=0, oft_block_size=32), "block_columns"),
     "oft shared": (OFTConfig(**TARGETS, r=0, oft_block_size=16, block_share=True), "block_columns"),
     "hira": (HiraConfig(**TARGETS, r=4), "hadamard"),
     "randlora": (RandLoraConfig(**TARGETS, r=4), "dense"),
@@ -244,18 +245,28 @@ def test_fold_equals_the_methods_own_forward_and_leaves_the_base_alone(untied_ch
         assert torch.equal(before, own)
 
 
-TWO_ADAPTERS = {
-    "oft": (OFTConfig(**TARGETS, r=0, oft_block_size=16), "block_columns"),
-    "oft shared": (OFTConfig(**TARGETS, r=0, oft_block_size=16, block_share=True), "block_columns"),
-    "oft of two sizes": (OFTConfig(**TARGETS, r=0, oft_block_size=32), "block_columns"),
-}  # the second adapter beside one of `FOLDS`, and the rule of both
+# Pairs of `FOLDS` active together, and the rule that folds both.
+TWO_ADAPTERS = [
+    ("fura", "fura", "block_columns"),
+    ("fura rows", "fura rows", "block_rows"),
+    ("fura", "fura rows", "dense"),
+    ("fura", "svd", "dense"),
+    ("lora", "rslora", "low_rank"),
+    ("dora", "dora", "dense"),
+    ("dora", "lora", "dense"),
+    ("lora", "dora", "dense"),
+    ("hira", "hira", "dense"),
+    ("oft", "oft", "block_columns"),
+    ("oft", "oft wide", "block_columns"),
+    ("oft shared", "oft shared", "block_columns"),
+]
 
 
-@pytest.mark.parametrize("name", TWO_ADAPTERS)
-def test_two_active_adapters_fold_to_what_the_layer_computes_with_both(untied_checkpoint, name):
-    first, (second, rule) = FOLDS[name.partition(" of ")[0]][0], TWO_ADAPTERS[name]
-    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(untied_checkpoint), copy.deepcopy(first))
-    policy.add_adapter("second", copy.deepcopy(second))
+@pytest.mark.parametrize(("first", "second", "rule"), TWO_ADAPTERS)
+def test_two_active_adapters_fold_to_what_the_layer_computes_with_both(untied_checkpoint, first, second, rule):
+    model = AutoModelForCausalLM.from_pretrained(untied_checkpoint)
+    policy = get_peft_model(model, copy.deepcopy(FOLDS[first][0]))
+    policy.add_adapter("second", copy.deepcopy(FOLDS[second][0]))
     policy.base_model.set_adapter(["default", "second"])
     perturb_trained(policy, 1.0, seed=1)
     for layer in [module for module in policy.eval().modules() if isinstance(module, BaseTunerLayer)][:3]:
