@@ -1,6 +1,8 @@
 """The fold, for every adapter method of the table: what it serves is what the policy computes, and W is not written."""
 
 import copy
+import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -17,14 +19,17 @@ from peft import (
     get_peft_model,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoModelForCausalLM
-from trl import ModelConfig
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from trl import GRPOConfig, ModelConfig
 
 from fura_rl.adapters.fura_config import FuraConfig
 from fura_rl.adapters.registry import METHODS, peft_config_for
+from fura_rl.sync import payload
 from fura_rl.sync.factors import RULES, Factors, fold_slice
 from fura_rl.sync.fold import checkpoint_weights, fold, folded_weight
 from fura_rl.sync.fold_rules import SMALL_FORMS, small_factors
+from fura_rl.trainer_settings import check_settings
 
 # Methods by their PEFT config, and the rule that folds them; "dense" where nothing smaller than the weight will do.
 TARGETS = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "o_proj", "down_proj"]}
@@ -40,6 +45,7 @@ FOLDS = {
     "pissa": (LoraConfig(**TARGETS, r=4, init_lora_weights="pissa"), "low_rank"),
     "olora": (LoraConfig(**TARGETS, r=4, init_lora_weights="olora"), "low_rank"),
     "oft": (OFTConfig(**TARGETS, r=0, oft_block_size=16), "block_columns"),
+    "oft wide": (OFTConfig(**TARGETS, r=0, oft_block_size=32), "block_columns"),
     "oft shared": (OFTConfig(**TARGETS, r=0, oft_block_size=16, block_share=True), "block_columns"),
     "hira": (HiraConfig(**TARGETS, r=4), "hadamard"),
     "randlora": (RandLoraConfig(**TARGETS, r=4), "dense"),
@@ -48,6 +54,8 @@ FOLDS = {
     "miss": (MissConfig(**TARGETS, r=4), "dense"),
     "vera": (VeraConfig(**TARGETS, r=4), "dense"),
 }
+
+TINY_GPT2 = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=101, bos_token_id=1, eos_token_id=2)
 
 ADAPTERS = [name for name, method in METHODS.items() if method.config_class is not None]
 
@@ -127,6 +135,97 @@ def test_trained_weights_beside_adapters_are_sent_too(tied_checkpoint):
     }
 
 
+@pytest.mark.parametrize(
+    ("module", "config"),
+    [
+        ("lm_head", LoraConfig(r=4)),
+        ("lm_head", FuraConfig()),
+        ("lm_head", FuraConfig(form="core")),
+        ("embed_tokens", LoraConfig(r=4)),
+    ],
+    ids=["lora head", "fura head", "fura core head", "lora embedding"],
+)
+def test_an_adapter_on_one_name_of_a_tied_weight_is_refused_and_served_where_nothing_is_tied(
+    module, config, tied_checkpoint, untied_checkpoint
+):
+    config = dataclasses.replace(config, target_modules=["q_proj", module])
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(untied_checkpoint), config)
+    assert f"{module}.weight" in {weight.name.removeprefix("model.") for weight in checkpoint_weights(policy)}
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(tied_checkpoint), config)
+    with pytest.raises(NotImplementedError, match=rf"{module}, but tie_word_embeddings.* {module} out of target_mod"):
+        checkpoint_weights(policy)
+
+
+def test_adapters_that_are_tied_like_their_weights_are_folded_once(tied_checkpoint):
+    config = LoraConfig(r=4, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(tied_checkpoint), config).eval()
+    perturb_trained(policy, 0.3, seed=1)
+    plain, ids = AutoModelForCausalLM.from_pretrained(tied_checkpoint), torch.randint(5, 90, (2, 12))
+    plain.load_state_dict({weight.name: weight.value() for weight in checkpoint_weights(policy)}, strict=False)
+    plain.tie_weights()
+    assert relative_error(plain(input_ids=ids).logits, policy(input_ids=ids).logits) < TOLERANCE[torch.float32]
+
+
+def gpt2_policy(config, dtype=torch.float32):
+    """An adapter on GPT-2's attention, whose layers have biases and store their weights as (in, out)."""
+    policy = get_peft_model(GPT2LMHeadModel(TINY_GPT2).to(dtype), config).eval()
+    perturb_trained(policy, 0.3, seed=1)
+    return policy
+
+
+def biased_policy(**settings):
+    config = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, **settings)
+    return gpt2_policy(config, torch.bfloat16)
+
+
+def test_a_fold_leaves_the_bias_alone_where_the_methods_own_merge_would_write_it():
+    layer = next(m for m in biased_policy(lora_bias=True).modules() if isinstance(m, BaseTunerLayer))
+    bias = layer.get_base_layer().bias
+    before, pointer = bias.detach().clone().normal_(), bias.data_ptr()
+    bias.data.copy_(before)
+    for _ in range(10):
+        folded_weight(layer)
+    assert torch.equal(bias, before)
+    assert bias.data_ptr() == pointer
+
+
+def test_a_bias_of_the_adapters_own_is_refused_and_the_layers_own_trained_biases_are_sent():
+    with pytest.raises(NotImplementedError, match=r"c_attn: lora_bias=True trains.*bias='lora_only'"):
+        checkpoint_weights(biased_policy(lora_bias=True))
+    with pytest.raises(ValueError, match=r"lora_bias=True trains.*bias='lora_only'"):
+        check_settings(None, LoraConfig(lora_bias=True))
+    trained = {weight.name for weight in checkpoint_weights(biased_policy(bias="lora_only")) if weight.trained}
+    assert trained == {f"transformer.h.0.attn.c_attn.{name}" for name in ("weight", "bias")}
+
+
+@pytest.mark.parametrize(("mode", "refused"), [("server", True), ("colocate", False)])
+def test_adapted_stacks_of_experts_are_refused_at_a_server_before_anything_is_loaded(mode, refused, tmp_path):
+    args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, use_vllm=True, vllm_mode=mode)
+    expected = pytest.raises(
+        ValueError, match=r"target_parameters=\['mlp.experts.down_proj'\].*use vllm_mode='colocate'"
+    )
+    with expected if refused else nullcontext():
+        check_settings(args, LoraConfig(target_parameters=["mlp.experts.down_proj"]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [({}, "block_rows"), ({"block_axis": "out"}, "block_columns"), ({"form": "core"}, "dense")],
+)
+def test_a_transposed_weight_is_described_as_its_checkpoint_stores_it(settings, rule):
+    stored = {name: tuple(tensor.shape) for name, tensor in GPT2LMHeadModel(TINY_GPT2).state_dict().items()}
+    policy = gpt2_policy(FuraConfig(target_modules=["c_attn", "c_fc"], **settings))
+    weights = {weight.name: weight for weight in checkpoint_weights(policy)}
+    assert {name: weight.shape for name, weight in weights.items()} == {name: stored[name] for name in weights}
+    updates = {name: weight.factors() for name, weight in weights.items() if weight.layer is not None}
+    assert {factors.rule for factors in updates.values()} == {rule}
+    payload.check(updates, stored)
+    for name in updates:
+        layer, identity = weights[name].layer, torch.eye(stored[name][0])
+        own = layer(identity) - layer.get_base_layer().bias
+        assert relative_error(weights[name].value(), own) < TOLERANCE[torch.float32]
+
+
 def adapted_layers(checkpoint, name, dtype=torch.float32):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype), copy.deepcopy(FOLDS[name][0]))
     perturb_trained(model, 0.3, seed=1)
@@ -144,6 +243,53 @@ def test_fold_equals_the_methods_own_forward_and_leaves_the_base_alone(untied_ch
         assert relative_error(x @ folded.T, expected) < TOLERANCE[torch.float32]
         assert relative_error(x @ before.T, expected) > 1e-4, "the adapter must change the layer"
         assert torch.equal(before, own)
+
+
+# Pairs of `FOLDS` active together, and the rule that folds both.
+TWO_ADAPTERS = [
+    ("fura", "fura", "block_columns"),
+    ("fura rows", "fura rows", "block_rows"),
+    ("fura", "fura rows", "dense"),
+    ("fura", "svd", "dense"),
+    ("lora", "rslora", "low_rank"),
+    ("dora", "dora", "dense"),
+    ("dora", "lora", "dense"),
+    ("lora", "dora", "dense"),
+    ("hira", "hira", "dense"),
+    ("oft", "oft", "block_columns"),
+    ("oft", "oft wide", "block_columns"),
+    ("oft shared", "oft shared", "block_columns"),
+]
+
+
+@pytest.mark.parametrize(("first", "second", "rule"), TWO_ADAPTERS)
+def test_two_active_adapters_fold_to_what_the_layer_computes_with_both(untied_checkpoint, first, second, rule):
+    model = AutoModelForCausalLM.from_pretrained(untied_checkpoint)
+    policy = get_peft_model(model, copy.deepcopy(FOLDS[first][0]))
+    policy.add_adapter("second", copy.deepcopy(FOLDS[second][0]))
+    policy.base_model.set_adapter(["default", "second"])
+    perturb_trained(policy, 1.0, seed=1)
+    for layer in [module for module in policy.eval().modules() if isinstance(module, BaseTunerLayer)][:3]:
+        weight = layer.get_base_layer().weight.detach().clone()
+        x = torch.randn(5, weight.shape[1])
+        expected = layer(x)
+        for folded in (folded_weight(layer), fold(weight, layer)):
+            assert relative_error(x @ folded.T, expected) < TOLERANCE[torch.float32]
+        factors = small_factors(layer)
+        assert (factors.rule if factors else "dense") == rule
+        for adapter in ("default", "second"):
+            layer.set_adapter(adapter)
+            assert relative_error(layer(x), expected) > 1e-3, "both adapters must change the layer"
+
+
+def test_ofts_small_form_takes_memory_of_the_order_of_its_blocks():
+    """A dense rotation of a layer that is much wider than high would be many times the layer."""
+    policy = get_peft_model(nn.Sequential(nn.Linear(4096, 8)), OFTConfig(target_modules=["0"], oft_block_size=16))
+    layer = next(module for module in policy.modules() if isinstance(module, BaseTunerLayer))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        factors = small_factors(layer)
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert factors.nbytes <= largest < 8 * factors.nbytes < 4096 * 4096 * 4
 
 
 @pytest.mark.parametrize("name", FOLDS)

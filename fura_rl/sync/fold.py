@@ -20,7 +20,7 @@ from torch import nn
 from fura_rl.adapters.fura_layer import FuraLinear
 from fura_rl.adapters.quantized import dequantized_weight, holds_packed_weight
 from fura_rl.sync.factors import Factors, Read, Span, fold_slice
-from fura_rl.sync.fold_rules import small_factors
+from fura_rl.sync.fold_rules import merge_order, small_factors
 from fura_rl.sync.sharding import gathered, is_piece, local, local_rows, whole, whole_shape
 
 
@@ -50,7 +50,8 @@ class CheckpointWeight:
     def shape(self) -> tuple[int, ...]:
         """The tensor's shape in the checkpoint."""
         if isinstance(self.layer, FuraLinear):
-            return (self.layer.out_features, self.layer.in_features)
+            shape = (self.layer.out_features, self.layer.in_features)
+            return shape[::-1] if self.layer.is_conv1d else shape  # a large core is not laid out as its weight was
         if self.quantized is not None or (self.layer is not None and holds_packed_weight(self.layer.get_base_layer())):
             holder = self.quantized if self.quantized is not None else self.layer.get_base_layer()
             return (holder.out_features, holder.in_features)
@@ -115,16 +116,40 @@ def checkpoint_weights(model: nn.Module) -> list[CheckpointWeight]:
     `model` is a plain or a PEFT model.
 
     Raises:
-        NotImplementedError: for an adapter that does not sit on one layer's `weight`.
+        NotImplementedError: for an adapter that does not sit on one layer's `weight` alone, or sits on one name only of
+            a tied one.
     """
     base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    seen: set[int] = set()
-    weights = []
-    for weight in _walk(base_model, ""):
-        if id(weight.parameter) not in seen:
-            seen.add(id(weight.parameter))
-            weights.append(weight)
-    return weights
+    named = {weight.name: weight for weight in _walk(base_model, "")}
+    weights: dict[int, CheckpointWeight] = {}
+    for weight in named.values():
+        _refuse_unlike_adapters(weights.setdefault(id(weight.parameter), weight), weight)
+    # an adapter that puts a weight of its own in the place of the tied one has left only the model's record of the tie
+    for name, source in (getattr(base_model, "all_tied_weights_keys", None) or {}).items():
+        if name in named and source in named:
+            _refuse_unlike_adapters(named[source], named[name])
+    return list(weights.values())
+
+
+def _refuse_unlike_adapters(first: CheckpointWeight, second: CheckpointWeight) -> None:
+    """Raises NotImplementedError where two names of one weight, which an engine holds once, are not folded alike."""
+    if first.layer is second.layer or adapter_storages(first.layer) == adapter_storages(second.layer):
+        return
+    adapted = [weight.module_name for weight in (first, second) if weight.layer is not None]
+    raise NotImplementedError(
+        f"target_modules put an adapter on {' and another on '.join(adapted)}, but tie_word_embeddings makes "
+        f"{first.name} and {second.name} one tensor, which the engine holds once: it would not compute what the policy "
+        f"computes. Leave {' and '.join(name.rpartition('.')[2] for name in adapted)} out of target_modules, or, for "
+        "LoRA, adapt both alike with ensure_weight_tying=True"
+    )
+
+
+def adapter_storages(layer: BaseTunerLayer | None) -> set[int]:
+    """Where the numbers of a layer's adapters lie: PEFT ties two adapters by views of the same storage."""
+    if layer is None:
+        return set()
+    base = set(layer.get_base_layer().parameters())
+    return {local(parameter).data_ptr() for parameter in layer.parameters() if parameter not in base}
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[CheckpointWeight]:
@@ -134,11 +159,7 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[CheckpointWeight]:
             yield CheckpointWeight(f"{prefix}.{name}", parameter, wrappers.get(name))
     elif isinstance(module, BaseTunerLayer):
         base_layer = module.get_base_layer()
-        if not isinstance(getattr(base_layer, "weight", None), nn.Parameter) or hasattr(module, "parameter_name"):
-            raise NotImplementedError(
-                f"{prefix}: {type(module).__name__} adapts something other than the weight of one layer; the weight "
-                "sync cannot fold it. Use target_modules that name linear layers"
-            )
+        _refuse_what_no_fold_serves(module, prefix)
         for name, parameter in base_layer.named_parameters(recurse=False):
             yield CheckpointWeight(f"{prefix}.{name}", parameter, module if name == "weight" else None)
     elif isinstance(module, ModulesToSaveWrapper):
@@ -154,6 +175,21 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[CheckpointWeight]:
             yield from _walk(child, f"{prefix}.{name}".lstrip("."))
 
 
+def _refuse_what_no_fold_serves(layer: BaseTunerLayer, name: str) -> None:
+    """Raises NotImplementedError for an adapter that moves anything but the weight of its one layer."""
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    if not isinstance(weight, nn.Parameter) or hasattr(layer, "parameter_name"):
+        raise NotImplementedError(
+            f"{name}: {type(layer).__name__} adapts something other than the weight of one layer; the weight "
+            "sync cannot fold it. Use target_modules that name linear layers"
+        )
+    if any(getattr(layer, "lora_bias", {}).get(adapter) for adapter in layer.active_adapters):
+        raise NotImplementedError(
+            f"{name}: lora_bias=True trains a bias of the adapter's own, which the weight sync does not fold; set it "
+            "to false, or train the layers' own biases with bias='lora_only'"
+        )
+
+
 def _nested_wrappers(module: nn.Module) -> Iterator[ParamWrapper]:
     """PEFT's adapters of the parameters of one module (stacked experts) wrap each other."""
     while isinstance(module, ParamWrapper):
@@ -165,7 +201,7 @@ def _nested_wrappers(module: nn.Module) -> Iterator[ParamWrapper]:
 def fold(base_weight: torch.Tensor, layer: BaseTunerLayer) -> torch.Tensor:
     """The weight that `layer`, a PEFT layer of any method that can merge, makes of `base_weight`.
 
-    Pure and out of place, in float32 or wider.  `base_weight` is (out, in) as the layer stores it; a layer's own base
+    Pure and out of place, in float32 or wider.  `base_weight` is as the layer stores it; a layer's own base
     weight need not be at hand unless its method has no small form (`fold_rules.SMALL_FORMS`).
     """
     factors = small_factors(layer)
@@ -183,8 +219,8 @@ def fold(base_weight: torch.Tensor, layer: BaseTunerLayer) -> torch.Tensor:
 def folded_weight(layer: BaseTunerLayer, base_weight: torch.Tensor | None = None) -> torch.Tensor:
     """The weight that makes the bare layer compute what `layer` computes with its active adapters.
 
-    (out, in), in float32 or wider, so that the one rounding is the engine's.  The base weight is not written: FuRA
-    folds in closed form, any other PEFT method merges into a float32 copy that takes the weight's place meanwhile
+    As stored, in float32 or wider, so that the one rounding is the engine's.  The base layer is not written: FuRA folds
+    in closed form, any other PEFT method merges into a float32 copy that takes the weight's place meanwhile
     (`base_weight` in its stead, where given).
 
     Raises:
@@ -202,16 +238,20 @@ def folded_weight(layer: BaseTunerLayer, base_weight: torch.Tensor | None = None
     if holds_packed_weight(layer.get_base_layer()):
         return _folded_over_packed(layer)
     weight = layer.get_base_layer().weight
-    pristine = weight.data
-    start = pristine if base_weight is None else base_weight
-    weight.data = whole(start).to(torch.promote_types(start.dtype, torch.float32), copy=True)
+    pristine = {parameter: parameter.data for parameter in layer.get_base_layer().parameters(recurse=False)}
+    start = weight.data if base_weight is None else base_weight
     try:
-        layer.merge()
+        for parameter, data in pristine.items():
+            if parameter is not weight:
+                parameter.data = data.clone()  # a merge may write the bias as well
+        weight.data = whole(start).to(torch.promote_types(start.dtype, torch.float32), copy=True)
+        layer.merge(adapter_names=merge_order(layer))
         folded = weight.data.clone()
         if layer.merged:
             layer.unmerge()  # for the method's own book-keeping only; the copy it works on is thrown away
     finally:
-        weight.data = pristine
+        for parameter, data in pristine.items():
+            parameter.data = data
         layer.merged_adapters.clear()
     return folded
 

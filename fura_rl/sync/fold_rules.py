@@ -6,6 +6,7 @@ of the weight.  A new method is one function and one line.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from peft.tuners.hira import HiraLayer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.oft.layer import Linear as OFTLinear
 from peft.tuners.oft.layer import OFTLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -42,8 +44,7 @@ def lora_factors(layer: LoraLayer, names: list[str]) -> Factors | None:
     variants = [layer.lora_variant[name] for name in names if name in layer.lora_variant]
     dora = bool(variants) and all(isinstance(variant, DoraLinearVariant) for variant in variants)
     transposed = getattr(layer, "fan_in_fan_out", False)
-    biased = any(layer.lora_bias.get(name) for name in names)
-    if not set(names) <= set(layer.lora_A) or transposed or biased or (variants and (not dora or len(names) > 1)):
+    if not set(names) <= set(layer.lora_A) or transposed or (variants and (not dora or len(names) > 1)):
         return None
     up = torch.cat([layer.scaling[name] * _float(layer.lora_B[name].weight) for name in names], dim=1)
     down = torch.cat([_float(layer.lora_A[name].weight) for name in names])
@@ -66,15 +67,20 @@ def hira_factors(layer: HiraLayer, names: list[str]) -> Factors | None:
 
 
 def oft_factors(layer: OFTLayer, names: list[str]) -> Factors | None:
-    """W' = W blockdiag(Q_i^T): D_i = Q_i^T - I."""
-    if len(names) > 1 or names[0] not in layer.oft_R or not hasattr(layer, "in_features"):
+    """W' = W blockdiag(Q_i^T): D_i = Q_i^T - I, where Q turns the input by one adapter after another.
+
+    Read off from what the adapters make of unit vectors, one of each block at once: their own (in, in) matrix would be
+    gigabytes for a wide layer.
+    """
+    if not set(names) <= set(layer.oft_R):
         return None
-    rotation = layer.get_delta_weight(names[0]).float()  # (in, in), block-diagonal
-    size = layer.oft_R[names[0]].block_size
-    count = rotation.shape[0] // size
-    diagonal = torch.arange(count)
-    q = rotation.reshape(count, size, count, size)[diagonal, :, diagonal]  # (n, b, b)
-    return Factors("block_columns", {"update": q.mT - torch.eye(size, device=q.device)})
+    size = math.lcm(*(layer.oft_R[name].block_size for name in names))
+    identity = torch.eye(size, device=layer.oft_R[names[0]].weight.device)
+    turned = identity.repeat(1, layer.in_features // size)  # (b, in)
+    for name in names:
+        turned = layer.oft_R[name](turned)
+    q = turned.unflatten(1, (-1, size)).transpose(0, 1)  # (n, b, b)
+    return Factors("block_columns", {"update": q.mT - identity})
 
 
 SMALL_FORMS: dict[type[BaseTunerLayer], Callable[[Any, list[str]], Factors | None]] = {
@@ -101,6 +107,15 @@ def small_factors(layer: BaseTunerLayer) -> Factors | None:
             f"{type(layer).__name__} is merged into its base weight; call unmerge_adapter() before a weight sync"
         )
     return form(layer, names)
+
+
+def merge_order(layer: BaseTunerLayer) -> list[str]:
+    """The order in which merging the active adapters gives the weight of the layer's forward.
+
+    OFT's forward turns the input by the first adapter first, and PEFT's merge turns the weight by it first, which is
+    the other way round: of two adapters the merged layer is not the unmerged one.
+    """
+    return list(reversed(layer.active_adapters)) if isinstance(layer, OFTLinear) else list(layer.active_adapters)
 
 
 def shifts_its_base(layer: BaseTunerLayer, adapter_configs: dict[str, Any]) -> bool:
