@@ -10,10 +10,12 @@ from trl import ModelConfig
 from fura_rl.adapters.fura_tuner import fura_layers
 from fura_rl.adapters.registry import METHODS, peft_config_for
 from fura_rl.sync import probe
+from fura_rl.sync.remote_engine import Follower
 from fura_rl.sync.update_watch import UpdateCosine
 from fura_rl.sync.vllm_engine import InProcessEngine, find_model_runner
 from fura_rl.sync.weight_sync import WeightSync
 
+PROBE = list(range(5, 45))
 PROMPT = "<|user|>What is 27 + 15?<|end|><|assistant|>27+15=42 \\boxed{42}"
 
 
@@ -240,6 +242,18 @@ def test_non_finite_weights_stop_the_run_and_the_engine_recovers(engines):
     with torch.no_grad():
         core.zero_()
     assert sync.sync().probe_max_gap < PARITY_NATS
+
+
+@pytest.mark.parametrize("adapter", ["pissa", "olora", "milora"])
+def test_the_base_weight_before_the_adapter_moved_it_is_read_where_the_policy_is(tied_checkpoint, adapter):
+    model = AutoModelForCausalLM.from_pretrained(tied_checkpoint)
+    policy = get_peft_model(model, peft_config_for(adapter, ModelConfig(lora_r=4), ["q_proj"], None))
+    sync = WeightSync(policy, Follower(torch.float32), PROBE)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    start = sync._starts[name]
+    policy.to("meta")  # in place of a GPU, which refuses a product into another device's memory as well
+    sync._starts[name] = start.to_device(torch.device("meta"))
+    assert sync._checkpoint_read(sync._current_weights()[name])((0, 8), (0, 8)).device.type == "meta"
 
 
 def test_an_engine_of_another_layout_is_refused_with_the_versions_read():

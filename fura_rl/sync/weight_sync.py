@@ -250,7 +250,8 @@ class WeightSync:
             return read
 
         def unshifted(rows: Span, columns: Span) -> torch.Tensor:
-            out = torch.empty(rows[1] - rows[0], columns[1] - columns[0])
+            device = start.tensors["up"].device
+            out = torch.empty(rows[1] - rows[0], columns[1] - columns[0], device=device)
             fold_slice(read, start, rows, columns, out)
             return out
 
