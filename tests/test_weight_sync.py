@@ -4,12 +4,14 @@ import pytest
 import torch
 from conftest import PARITY_NATS, perturb_trained, start_llm
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
 
 from fura_rl.adapters.fura_tuner import fura_layers
 from fura_rl.adapters.registry import METHODS, peft_config_for
 from fura_rl.sync import probe
+from fura_rl.sync.base_weights import BaseWeights
 from fura_rl.sync.remote_engine import Follower
 from fura_rl.sync.update_watch import UpdateCosine
 from fura_rl.sync.vllm_engine import InProcessEngine, find_model_runner
@@ -254,6 +256,32 @@ def test_the_base_weight_before_the_adapter_moved_it_is_read_where_the_policy_is
     policy.to("meta")  # in place of a GPU, which refuses a product into another device's memory as well
     sync._starts[name] = start.to_device(torch.device("meta"))
     assert sync._checkpoint_read(sync._current_weights()[name])((0, 8), (0, 8)).device.type == "meta"
+
+
+class OwnBase:
+    """An engine elsewhere, as far as it compares its own checkpoint with what the trainer samples of its base."""
+
+    reads_the_trainers_base = False
+    dtype = torch.float32
+
+    def __init__(self, folder):
+        self.base = BaseWeights(str(folder), None, torch.device("cpu"))
+
+    def prepare(self, tensors, base_samples):
+        self.different = self.base.differences(base_samples)
+
+
+def test_a_server_is_told_by_any_weight_that_the_policy_does_not_adapt(tied_checkpoint, tmp_path):
+    policy = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tied_checkpoint),
+        peft_config_for("lora", ModelConfig(), ["q_proj", "v_proj"], None),
+    )
+    tensors = load_file(tied_checkpoint / "model.safetensors")
+    for changed in (None, "model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight"):
+        save_file({name: w * 1.1 if name == changed else w for name, w in tensors.items()}, tmp_path / "m.safetensors")
+        engine = OwnBase(tmp_path)
+        WeightSync(policy, engine, PROBE)
+        assert engine.different == ([] if changed is None else [changed])
 
 
 def test_an_engine_of_another_layout_is_refused_with_the_versions_read():

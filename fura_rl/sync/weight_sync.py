@@ -138,13 +138,18 @@ class WeightSync:
         return {weight.name: weight for weight in checkpoint_weights(self.model)}
 
     def _base_samples(self) -> dict[str, Sample]:
-        """A few numbers of every adapted base weight, which the engine's own must have as well."""
+        """A few numbers of every base weight at hand, which the engine's own must have as well: what is adapted is
+        folded from it, what is not is served from it.
+
+        Left out is what no longer has, or never had, the checkpoint's value: fully trained, or quantized.
+        """
         if self.engine.reads_the_trainers_base or self.follows:
             return {}
         return {
-            name: base_sample(self._checkpoint_read(weight), weight.local_rows, weight.shape[1])
+            name: base_sample(self._checkpoint_read(weight), weight.local_rows, (*weight.shape, 1)[1])
             for name, weight in self.weights.items()
-            if weight.layer is not None and weight.local_rows[0] < weight.local_rows[1]
+            if weight.layer is not None or (len(weight.shape) < 3 and not weight.trained and weight.quantized is None)
+            if weight.local_rows[0] < weight.local_rows[1]
         }
 
     def sync(self, everything: bool = False) -> SyncReport:
