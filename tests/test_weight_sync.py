@@ -258,6 +258,30 @@ def test_the_base_weight_before_the_adapter_moved_it_is_read_where_the_policy_is
     assert sync._checkpoint_read(sync._current_weights()[name])((0, 8), (0, 8)).device.type == "meta"
 
 
+@pytest.mark.parametrize(
+    ("adapter", "adapter_kwargs", "trained"),
+    [
+        ("full", None, r"15 trained weights .*embed_tokens\.weight \(fully trained\)"),
+        ("fura", {"form": "core"}, r"4 trained weights .*0\.self_attn\.q_proj\.weight \(FuraLinear\)"),
+        ("miss", None, r"4 trained weights .*0\.self_attn\.q_proj\.weight \(MissLinear\)"),
+    ],
+)
+def test_factored_refuses_what_has_no_small_form(tied_checkpoint, adapter, adapter_kwargs, trained):
+    model = AutoModelForCausalLM.from_pretrained(tied_checkpoint)
+    config = peft_config_for(adapter, ModelConfig(), ["q_proj", "v_proj"], adapter_kwargs)
+    policy = model if config is None else get_peft_model(model, config)
+    with pytest.raises(ValueError, match=f"sync_mode=factored .*{trained}.*sync_mode=auto"):
+        WeightSync(policy, Follower(torch.float32), PROBE, mode="factored")
+    WeightSync(policy, Follower(torch.float32), PROBE, mode="auto")
+
+
+@pytest.mark.parametrize("adapter", ["fura", "lora", "dora", "oft", "hira"])
+def test_factored_takes_what_has_a_small_form(tied_checkpoint, adapter):
+    model = AutoModelForCausalLM.from_pretrained(tied_checkpoint)
+    policy = get_peft_model(model, peft_config_for(adapter, ModelConfig(), ["q_proj"], None))
+    WeightSync(policy, Follower(torch.float32), PROBE, mode="factored")
+
+
 class OwnBase:
     """An engine elsewhere, as far as it compares its own checkpoint with what the trainer samples of its base."""
 
