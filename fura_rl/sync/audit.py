@@ -46,10 +46,12 @@ class KernelReply:
 
     `covered` (VECTORS, features) is the part of each number that this worker answers for: 1 where it holds the row of
     the weight and every column that the vector asks for, 1/2 for half of those, 0 for a row or columns of another's.
+    `eps` is that of the kernel's weights, where they are kept coarser than the engine's dtype.
     """
 
     output: torch.Tensor
     covered: torch.Tensor
+    eps: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "covered", self.covered.reshape(self.output.shape))  # it comes flat off the wire
@@ -137,8 +139,10 @@ class KernelAudit:
         gains = {}
         for name in due:
             found, self._judged[name] = [], torch.zeros_like(self._expected[name], dtype=torch.bool)
-            for reply, whole in complete_replies([worker[name] for worker in workers if name in worker]):
-                if self._is_seen(name, whole, eps):
+            shares = [worker[name] for worker in workers if name in worker]
+            coarsest = max([eps, *(share.eps for share in shares)])
+            for reply, whole in complete_replies(shares):
+                if self._is_seen(name, whole, coarsest):
                     found.append(self._gain(name, reply, whole))
                     self._judged[name] |= whole
             if found:
