@@ -12,6 +12,7 @@ from fura_rl.sync.audit import (
     KernelAudit,
     KernelReply,
     complete_replies,
+    covered_by,
     probe_vectors,
     sample_spans,
     stale_modules,
@@ -31,8 +32,27 @@ class Matrices:
         for name in spans.keys() & self.weights.keys():
             weight = torch.cat([self.weights[name][slice(*span)] for span in spans[name]])
             x = probe_vectors(weight.shape[1], weight.device).to(self.dtype)
-            replies[name] = KernelReply((x @ weight.mT).float(), torch.ones(len(weight)))
+            reply = (x @ weight.mT).float()
+            replies[name] = KernelReply(reply, torch.ones_like(reply))
         return [replies]
+
+
+class Workers:
+    """The workers of one or more replicas: each holds the columns of "layer" from one of `bounds` to the next."""
+
+    def __init__(self, dtype, bounds, *replicas):
+        self.dtype, self.bounds, self.replicas = dtype, bounds, replicas
+
+    def kernel_replies(self, spans):
+        workers = []
+        for weights in self.replicas:
+            for columns, weight in zip(itertools.pairwise(self.bounds), weights, strict=True):
+                weight = torch.cat([weight[slice(*span)] for span in spans["layer"]])
+                x = probe_vectors(weight.shape[1], weight.device)[:, slice(*columns)]
+                reply = (x.to(self.dtype) @ weight[:, slice(*columns)].to(self.dtype).mT).float()
+                covered = covered_by(columns, weight.shape[1])[:, None].expand_as(reply)
+                workers.append({"layer": KernelReply(reply, covered)})
+        return workers
 
 
 @pytest.fixture
@@ -131,14 +151,53 @@ def test_a_layer_the_engine_does_not_have_is_left_out(base):
     assert audit.gains(Matrices(torch.float32)) == {}
 
 
+@pytest.mark.parametrize("bounds", [(0, 16, 32), (0, 8, 16, 24, 32), tuple(range(0, 33, 4)), (0, 11, 22, 32)])
+def test_one_stale_worker_of_those_that_share_the_columns_is_named(base, bounds):
+    new, workers = base + 0.01 * torch.randn_like(base), len(bounds) - 1
+    audit = KernelAudit()
+    expect(audit, new, base)
+    assert audit.gains(Workers(torch.float32, bounds, workers * [new]))["layer"] == pytest.approx(1, abs=1e-3)
+    for stale in range(workers):
+        held = [base if worker == stale else new for worker in range(workers)]
+        gains = audit.gains(Workers(torch.float32, bounds, held))
+        assert stale_modules(gains) == ["layer"], (stale, gains)
+
+
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_one_stale_replica_of_sharing_workers_is_named(base, replicas):
+    new = base + 0.01 * torch.randn_like(base)
+    for bounds in ((0, 16, 32), (0, *range(1, 32, 3), 32)):  # the second's workers hold less than a vector's inputs
+        shards = len(bounds) - 1
+        for stale in range(replicas):
+            audit = KernelAudit()
+            expect(audit, new, base)
+            held = [shards * [base if replica == stale else new] for replica in range(replicas)]
+            assert audit.gains(Workers(torch.float32, bounds, *held))["layer"] == pytest.approx(0, abs=1e-3)
+
+
+def test_a_worker_whose_columns_have_hardly_moved_is_judged_once_they_have(base):
+    """Else a fresh worker's share would be all rounding, and a stale one's lost with what the others proved."""
+    audit, halves, start = KernelAudit(), (0, 16, 32), base.to(torch.bfloat16).float()
+    step = torch.where(torch.arange(32) < 16, 0.1, 1.2e-3) * torch.randn_like(base)
+    first, second = start + step, start + 2 * step
+    expect(audit, first, start)
+    gains = audit.gains(Workers(torch.bfloat16, halves, [first, start]))
+    assert stale_modules(gains) == [], gains
+    audit.accept(gains)
+    expect(audit, second, None)
+    assert audit.gains(Workers(torch.bfloat16, halves, [second, second]))["layer"] == pytest.approx(1, abs=0.3)
+    assert audit.gains(Workers(torch.bfloat16, halves, [second, start]))["layer"] == pytest.approx(0, abs=0.3)
+
+
 def test_partial_sums_of_workers_add_up_and_every_holder_of_a_whole_row_answers_for_itself():
-    halves = [KernelReply(torch.full((4, 3), float(i)), torch.full((3,), 0.5)) for i in (1, 2)]
-    [(reply, features)] = complete_replies(halves)
-    assert reply.unique().item() == 3.0
-    assert features.all()
-    first, second = torch.tensor([1.0, 1.0, 0.0]), torch.tensor([0.0, 1.0, 1.0])
-    replies = complete_replies([KernelReply(torch.ones(4, 3), first), KernelReply(torch.ones(4, 3), second)])
-    assert [features.tolist() for _, features in replies] == [[True, True, False], [False, True, True]]
+    halves = [KernelReply(torch.full((4, 3), float(i)), torch.full((4, 3), 0.5)) for i in (1, 2, 3, 5)]
+    (first, all_of_it), (second, _) = complete_replies(halves)
+    assert (first.unique().item(), second.unique().item()) == (3.0, 8.0), "two replicas of two workers each"
+    assert all_of_it.all()
+    first, second = (torch.tensor(row).expand(4, 3) for row in ([1.0, 1.0, 0.0], [0.0, 1.0, 1.0]))
+    replies = complete_replies([KernelReply(2 * first, first), KernelReply(2 * second, second)])
+    assert [whole[0].tolist() for _, whole in replies] == [[True, True, False], [False, True, True]]
+    assert [reply[whole].unique().item() for reply, whole in replies] == [2.0, 2.0]
 
 
 def test_samples_are_spread_from_the_first_row_to_the_last_without_overlap():

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
 from fura_rl.adapters.registry import peft_config_for
+from fura_rl.sync.probe import StaleEngineError
 from fura_rl.sync.remote_engine import RemoteEngine, RemoteSyncError
 from fura_rl.sync.weight_sync import WeightSync
 
@@ -21,6 +22,7 @@ CASES = {
     "fura, row blocks": ("fura", {"block_axis": "out"}, None),
     "fura, unadapted siblings": ("fura", None, ["q_proj", "up_proj"]),
     "fura, core form": ("fura", {"form": "core"}, None),
+    "fura, what tensor parallelism cuts by columns": ("fura", None, ["o_proj", "down_proj"]),
     "lora": ("lora", None, None),
     "dora": ("dora", None, None),
     "pissa": ("lora", {"init_lora_weights": "pissa"}, None),
@@ -45,7 +47,8 @@ def engine_process(request, tmp_path_factory):
             patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, range(workers))))
         llm = LLM(
             str(folder), dtype="float32", enforce_eager=True, kv_cache_memory_bytes=64 * 2**20, max_model_len=128,
-            disable_log_stats=True, tensor_parallel_size=workers, **factored_sync_settings(),
+            disable_log_stats=True, tensor_parallel_size=workers,
+            **factored_sync_settings() | {"worker_extension_cls": "forgetful_worker.ForgetfulWorker"},
         )  # fmt: skip
     yield ProcessTransport(llm), folder
     llm.llm_engine.engine_core.shutdown()
@@ -82,7 +85,26 @@ def test_a_policy_of_another_base_is_refused(engine_process, tmp_path):
         WeightSync(make_policy(other, "fura"), RemoteEngine(transport), PROBE)
 
 
-def test_one_worker_left_behind_is_named_by_the_audit(engine_process, monkeypatch):
+@pytest.mark.parametrize("case", ["fura, what tensor parallelism cuts by columns", "fura"])
+def test_one_worker_left_behind_is_named_by_the_audit(engine_process, case):
+    """The last worker stages and acknowledges, and writes nothing; another's fresh share must not vouch for it."""
+    transport, folder = engine_process
+    engine = RemoteEngine(transport)
+    policy = make_policy(folder, case)
+    sync = WeightSync(policy, engine, PROBE, probe_every=100)
+    sync.sync()
+    perturb_trained(policy, 0.1, seed=0)
+    transport.call("forget_writes", rank=len(transport.call("fura_status")) - 1)
+    try:
+        with pytest.raises(StaleEngineError, match=r"audit: (4 of 4|14 of 14) modules "):
+            sync.sync()
+    finally:
+        transport.call("forget_writes", rank=-1)
+    assert sync.sync().audit_gain_min == pytest.approx(1.0, abs=0.01)
+    engine.close()
+
+
+def test_a_sync_that_is_dropped_is_named_by_the_audit(engine_process, monkeypatch):
     """The second sync is acknowledged and dropped: what the audit finds in the kernels is the version before."""
     transport, folder = engine_process
     engine = RemoteEngine(transport)

@@ -14,6 +14,7 @@ from trl import ModelConfig
 
 from fura_rl.adapters.registry import peft_config_for
 from fura_rl.sync import vllm_model
+from fura_rl.sync.probe import StaleEngineError
 from fura_rl.sync.vllm_engine import InProcessEngine
 from fura_rl.sync.vllm_model import PoisonedEngineError
 from fura_rl.sync.weight_sync import WeightSync
@@ -103,17 +104,25 @@ def test_a_float16_engine_refuses_what_it_cannot_hold_before_it_generates(tmp_pa
         WeightSync(policy, engine, PROBE)
 
 
-def test_an_fp8_engine_is_requantized_from_the_folded_weight(tmp_path):
+def test_an_fp8_engine_is_requantized_from_the_folded_weight_and_audited(tmp_path, monkeypatch):
     folder = make_tiny_checkpoint(tmp_path / "model", tied=False, dtype=torch.bfloat16)
     engine = start(folder, "bfloat16", quantization="fp8_per_channel")
     policy = adapted(folder, "fura", dtype=torch.bfloat16)
-    sync = WeightSync(policy, engine, PROBE, probe_every=1, probe_tolerance=2.0, audit_every=0)
+    sync = WeightSync(policy, engine, PROBE, probe_every=1, probe_tolerance=2.0)
     floor = sync.sync().probe_max_gap
     before = engine.prompt_logprobs(PROBE)
-    perturb_trained(policy, 2.0, seed=0)
-    gap = sync.sync().probe_max_gap
-    assert (engine.prompt_logprobs(PROBE) - before).abs().max() > 3 * gap, "it must move"
-    assert gap < 3 * floor
+    perturb_trained(policy, 0.03, seed=0)  # weights move by 2e-3 of themselves
+    assert sync.sync().audit_gain_min is None, "in fp8's own rounding, which bfloat16's would take for stale weights"
+    perturb_trained(policy, 2.0, seed=1)
+    report = sync.sync()
+    assert (engine.prompt_logprobs(PROBE) - before).abs().max() > 3 * report.probe_max_gap, "it must move"
+    assert report.probe_max_gap < 3 * floor
+    assert report.audit_gain_min == pytest.approx(1.0, abs=0.3)
+
+    perturb_trained(policy, 2.0, seed=2)
+    monkeypatch.setattr(engine.model, "write", lambda *args: None)
+    with pytest.raises(StaleEngineError, match=r"audit: 14 of 14 modules "):
+        sync.sync()
 
 
 def test_an_upgrade_of_vllm_that_moves_a_private_name_is_refused_by_name(monkeypatch):

@@ -4,16 +4,20 @@ import pytest
 import torch
 from conftest import PARITY_NATS, perturb_trained, start_llm
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
 
 from fura_rl.adapters.fura_tuner import fura_layers
 from fura_rl.adapters.registry import METHODS, peft_config_for
 from fura_rl.sync import probe
+from fura_rl.sync.base_weights import BaseWeights
+from fura_rl.sync.remote_engine import Follower
 from fura_rl.sync.update_watch import UpdateCosine
 from fura_rl.sync.vllm_engine import InProcessEngine, find_model_runner
 from fura_rl.sync.weight_sync import WeightSync
 
+PROBE = list(range(5, 45))
 PROMPT = "<|user|>What is 27 + 15?<|end|><|assistant|>27+15=42 \\boxed{42}"
 
 
@@ -240,6 +244,68 @@ def test_non_finite_weights_stop_the_run_and_the_engine_recovers(engines):
     with torch.no_grad():
         core.zero_()
     assert sync.sync().probe_max_gap < PARITY_NATS
+
+
+@pytest.mark.parametrize("adapter", ["pissa", "olora", "milora"])
+def test_the_base_weight_before_the_adapter_moved_it_is_read_where_the_policy_is(tied_checkpoint, adapter):
+    model = AutoModelForCausalLM.from_pretrained(tied_checkpoint)
+    policy = get_peft_model(model, peft_config_for(adapter, ModelConfig(lora_r=4), ["q_proj"], None))
+    sync = WeightSync(policy, Follower(torch.float32), PROBE)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    start = sync._starts[name]
+    policy.to("meta")  # in place of a GPU, which refuses a product into another device's memory as well
+    sync._starts[name] = start.to_device(torch.device("meta"))
+    assert sync._checkpoint_read(sync._current_weights()[name])((0, 8), (0, 8)).device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("adapter", "adapter_kwargs", "trained"),
+    [
+        ("full", None, r"15 trained weights .*embed_tokens\.weight \(fully trained\)"),
+        ("fura", {"form": "core"}, r"4 trained weights .*0\.self_attn\.q_proj\.weight \(FuraLinear\)"),
+        ("miss", None, r"4 trained weights .*0\.self_attn\.q_proj\.weight \(MissLinear\)"),
+    ],
+)
+def test_factored_refuses_what_has_no_small_form(tied_checkpoint, adapter, adapter_kwargs, trained):
+    model = AutoModelForCausalLM.from_pretrained(tied_checkpoint)
+    config = peft_config_for(adapter, ModelConfig(), ["q_proj", "v_proj"], adapter_kwargs)
+    policy = model if config is None else get_peft_model(model, config)
+    with pytest.raises(ValueError, match=f"sync_mode=factored .*{trained}.*sync_mode=auto"):
+        WeightSync(policy, Follower(torch.float32), PROBE, mode="factored")
+    WeightSync(policy, Follower(torch.float32), PROBE, mode="auto")
+
+
+@pytest.mark.parametrize("adapter", ["fura", "lora", "dora", "oft", "hira"])
+def test_factored_takes_what_has_a_small_form(tied_checkpoint, adapter):
+    model = AutoModelForCausalLM.from_pretrained(tied_checkpoint)
+    policy = get_peft_model(model, peft_config_for(adapter, ModelConfig(), ["q_proj"], None))
+    WeightSync(policy, Follower(torch.float32), PROBE, mode="factored")
+
+
+class OwnBase:
+    """An engine elsewhere, as far as it compares its own checkpoint with what the trainer samples of its base."""
+
+    reads_the_trainers_base = False
+    dtype = torch.float32
+
+    def __init__(self, folder):
+        self.base = BaseWeights(str(folder), None, torch.device("cpu"))
+
+    def prepare(self, tensors, base_samples):
+        self.different = self.base.differences(base_samples)
+
+
+def test_a_server_is_told_by_any_weight_that_the_policy_does_not_adapt(tied_checkpoint, tmp_path):
+    policy = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tied_checkpoint),
+        peft_config_for("lora", ModelConfig(), ["q_proj", "v_proj"], None),
+    )
+    tensors = load_file(tied_checkpoint / "model.safetensors")
+    for changed in (None, "model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight"):
+        save_file({name: w * 1.1 if name == changed else w for name, w in tensors.items()}, tmp_path / "m.safetensors")
+        engine = OwnBase(tmp_path)
+        WeightSync(policy, engine, PROBE)
+        assert engine.different == ([] if changed is None else [changed])
 
 
 def test_an_engine_of_another_layout_is_refused_with_the_versions_read():

@@ -7,13 +7,18 @@ the one module, by name.  The regression of the reply on the update since the la
 
 is 1 where the kernel holds the new weight and 0 where it still holds the one before.  The trainer computes what to
 expect from its own base weight, for a sample of output features.
+
+Every vector is zero but on one stretch of the inputs.  So where workers share the columns of a weight (the row-parallel
+layers of tensor parallelism), each answers some vectors by itself and is judged by them: in a sum over the workers the
+fresh ones would vouch for a stale one.  Workers that hold less than a stretch are judged by their sum.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,7 +26,7 @@ import torch
 
 from fura_rl.sync.factors import Span
 
-VECTORS = 8  # vectors through every kernel; entries are +1 and -1, which every dtype holds exactly
+VECTORS = 8  # vectors through every kernel; entries are +1, -1 and 0, which every dtype holds exactly
 SAMPLED_SPANS, SPAN_ROWS = 16, 8  # output features looked at: this many stretches of so many, spread over all
 FEWEST_SPANS = 4  # of one process
 STALE_BELOW = 0.5
@@ -39,12 +44,17 @@ SMALLEST_UPDATE = 1e-5
 class KernelReply:
     """One worker's share of x W^T (VECTORS, features) of one weight.
 
-    `covered` (features,) is the part of each feature's inputs that this worker holds: 1 for a whole row of the weight,
-    1/2 for half of its columns, 0 for a row of another worker.
+    `covered` (VECTORS, features) is the part of each number that this worker answers for: 1 where it holds the row of
+    the weight and every column that the vector asks for, 1/2 for half of those, 0 for a row or columns of another's.
+    `eps` is that of the kernel's weights, where they are kept coarser than the engine's dtype.
     """
 
     output: torch.Tensor
     covered: torch.Tensor
+    eps: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "covered", self.covered.reshape(self.output.shape))  # it comes flat off the wire
 
 
 class Kernels(Protocol):
@@ -70,6 +80,7 @@ class KernelAudit:
     _expected: dict[str, torch.Tensor] = field(default_factory=dict)  # what it should compute after this sync
     _spans: dict[str, list[Span]] = field(default_factory=dict)
     _roundings: dict[str, float] = field(default_factory=dict)
+    _judged: dict[str, torch.Tensor] = field(default_factory=dict)  # the numbers that the last gains are of
 
     def expect(
         self,
@@ -118,57 +129,62 @@ class KernelAudit:
     def gains(self, engine: Kernels) -> dict[str, float]:
         """The gain of every layer whose update is large enough to be seen through the engine's rounding.
 
-        Of a weight that several workers or replicas hold, the worst.
+        Of a weight that several workers or replicas hold, the worst; a worker whose own part has moved too little to
+        be seen is left out.
         """
         self._expected, self._previous = on_host(self._expected), on_host(self._previous)
-        due = dict(self._due(torch.finfo(engine.dtype).eps))
+        eps = torch.finfo(engine.dtype).eps
+        due = [name for name in self._expected if self._is_seen(name, ..., eps)]
         workers = engine.kernel_replies({name: self._spans[name] for name in due})
         gains = {}
-        for name, update in due.items():
-            replies = complete_replies([worker[name] for worker in workers if name in worker])
-            found = [self._gain(name, update, reply, features) for reply, features in replies]
+        for name in due:
+            found, self._judged[name] = [], torch.zeros_like(self._expected[name], dtype=torch.bool)
+            shares = [worker[name] for worker in workers if name in worker]
+            coarsest = max([eps, *(share.eps for share in shares)])
+            for reply, whole in complete_replies(shares):
+                if self._is_seen(name, whole, coarsest):
+                    found.append(self._gain(name, reply, whole))
+                    self._judged[name] |= whole
             if found:
                 gains[name] = worst(found)
         return gains
 
-    def _gain(self, name: str, update: torch.Tensor, reply: torch.Tensor, features: torch.Tensor) -> float:
-        update = update[:, features]
-        moved = reply.double() - self._previous[name][:, features]
-        return float((moved * update).sum() / update.square().sum())
+    def _is_seen(self, name: str, part: Any, eps: float) -> bool:
+        """Whether `part` of the numbers of `name` moves by enough to stand out of the engine's rounding."""
+        expected, previous = self._expected[name][part], self._previous[name][part]
+        visible = max(self._roundings[name] * eps / math.sqrt(expected.numel()), SMALLEST_UPDATE)
+        return bool((expected - previous).norm() > visible * expected.norm())
+
+    def _gain(self, name: str, reply: torch.Tensor, part: torch.Tensor) -> float:
+        previous = self._previous[name][part]
+        update = self._expected[name][part] - previous
+        return float(((reply.double()[part] - previous) * update).sum() / update.square().sum())
 
     def accept(self, gains: dict[str, float]) -> None:
-        """The layers of `gains` are proved: the next update is counted from here."""
+        """The layers of `gains` are proved, as far as they were judged: their next update is counted from here."""
         for name in gains:
-            self._previous[name] = self._expected[name]
+            self._previous[name] = torch.where(self._judged[name], self._expected[name], self._previous[name])
 
     def forget(self) -> None:
         """The engine is another one now, or was restarted: nothing is known of it."""
         self._previous.clear()
 
-    def _due(self, eps: float) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, expected in self._expected.items():
-            update = expected - self._previous[name]
-            visible = max(self._roundings[name] * eps / math.sqrt(expected.numel()), SMALLEST_UPDATE)
-            if update.norm() > visible * expected.norm():
-                yield name, update
-
 
 def complete_replies(shares: list[KernelReply]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The workers' shares as (reply, which features it is of): whole rows worker by worker, partial sums added up.
+    """The workers' shares as (reply, the numbers of it that are whole), partial sums added up worker by worker.
 
-    A weight that two workers hold whole gives two replies, so that one of them cannot be stale behind the other.
+    What two workers hold whole gives two replies, so that one of them cannot be stale behind the other; so do the
+    partial sums of two replicas, whose workers come one replica after another.
     """
     complete = []
-    partial = [share for share in shares if ((share.covered > 0) & (share.covered < 1)).any()]
+    if shares:
+        output, covered = torch.zeros_like(shares[0].output), torch.zeros_like(shares[0].covered)
     for share in shares:
-        whole = share.covered >= 1
+        output, covered = output + share.output, covered + share.covered
+        whole = covered > 1 - 1e-3  # a sum of fractions
         if whole.any():
-            complete.append((share.output[:, whole], whole))
-    if partial:
-        output = torch.stack([share.output for share in partial]).sum(0)
-        covered = torch.stack([share.covered for share in partial]).sum(0)
-        whole = (covered - covered.round()).abs().lt(1e-6) & (covered > 0.5)
-        complete.append((output[:, whole] / covered[whole].round(), whole))
+            complete.append((output, whole))
+            output, covered = output.masked_fill(whole, 0), covered.masked_fill(whole, 0)
     return complete
 
 
@@ -206,11 +222,30 @@ def on_host(tensors: Mapping[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
     return found
 
 
+def stretch_bounds(features: int) -> list[int]:
+    """Where the inputs of each probe vector begin and the last one's end."""
+    return [i * features // VECTORS for i in range(VECTORS + 1)]
+
+
 @functools.lru_cache(maxsize=64)
 def probe_vectors(features: int, device: torch.device) -> torch.Tensor:
-    """(VECTORS, features) of +1 and -1, the same for every layer of this width; to be read only."""
+    """(VECTORS, features), the i-th of +1 and -1 on the i-th stretch of the inputs, else 0; to be read only.
+
+    The same for every layer of this width.
+    """
     generator = torch.Generator().manual_seed(features)
-    return torch.randint(0, 2, (VECTORS, features), generator=generator).mul_(2).sub_(1).to(device, torch.float32)
+    signs = torch.randint(0, 2, (features,), generator=generator).mul_(2).sub_(1)
+    vectors = torch.zeros(VECTORS, features)
+    for vector, (first, last) in zip(vectors, itertools.pairwise(stretch_bounds(features)), strict=True):
+        vector[first:last] = signs[first:last]
+    return vectors.to(device)
+
+
+def covered_by(columns: Span, features: int) -> torch.Tensor:
+    """(VECTORS,): the part of each probe vector's inputs that lies in `columns`."""
+    bounds = torch.tensor(stretch_bounds(features))
+    inside = bounds.clamp(*columns).diff()
+    return inside / bounds.diff().clamp(min=1)
 
 
 def tokens_of_experts(vectors: torch.Tensor, experts: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:

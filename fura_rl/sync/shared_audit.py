@@ -56,7 +56,7 @@ def part_of(
     """What of `reply` is of `spans`, which come after those that the processes `before` asked of `name`."""
     first = sum(map(feature_count, (part.get(name, ()) for part in before)))
     own = slice(first, first + feature_count(spans))
-    return KernelReply(reply.output[:, own], reply.covered[own])
+    return KernelReply(reply.output[:, own], reply.covered[:, own], reply.eps)
 
 
 def feature_count(spans: Sequence[Span]) -> int:

@@ -118,12 +118,6 @@ class FactoredSyncExtension:
         replies = self.weight_transfer_engine.live.kernel_replies(spans)
         return {name: [pack(reply.output), pack(reply.covered)] for name, reply in replies.items()}
 
-    def fura_zero_kv(self) -> dict[str, Any]:
-        """Zero the key-value cache: non-finite entries outlive a prefix-cache reset on CPU."""
-        for cache in self.model_runner.kv_caches:
-            cache.zero_()
-        return {}
-
     def _fura_reply(self, call: Callable[[], None]) -> dict[str, Any]:
         """The status after `call`; "error" and its kind where it failed, with no live weight changed."""
         try:

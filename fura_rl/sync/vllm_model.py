@@ -215,9 +215,9 @@ class LiveModel:
         for position, (expert, (name, wanted)) in enumerate(zip(experts, spans.items(), strict=True)):
             here = module.expert_map is None or int(module.expert_map[expert]) >= 0
             features = torch.cat([torch.arange(*span) for span in wanted])
-            reply = output[position * len(vectors) : (position + 1) * len(vectors), features.to(self.device)]
-            covered = torch.full((len(features),), here / parallel.tp_size)
-            replies[name] = KernelReply(reply.float().cpu(), covered)
+            reply = output[position * len(vectors) : (position + 1) * len(vectors), features.to(self.device)].float()
+            covered = torch.full(reply.shape, here / parallel.tp_size)
+            replies[name] = KernelReply(reply.cpu(), covered, coarse_eps(module))
         return replies
 
     def _kernel_pieces(self, name: str, spans: tuple[Span, ...], kernels: KernelOutputs) -> list[Piece]:
@@ -230,8 +230,9 @@ class LiveModel:
                     break
                 first = region.offset // region.stride[0]  # output features lie in the order of the rows
                 here, picked = features_in(spans, region.rows, first, reply.device)
-                part = (region.columns[1] - region.columns[0]) / region.total_columns
-                pieces.append(Piece(reply[:, picked].float(), here, part))
+                covered = audit.covered_by(region.columns, region.total_columns)
+                eps = coarse_eps(self.modules[module_name])
+                pieces.append(Piece(reply[:, picked].float(), here, covered, eps))
         return pieces
 
     def kernel(self, module_name: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
@@ -271,12 +272,13 @@ class Piece:
     """Of one weight's reply, what one region gives.
 
     `output` (VECTORS, features) is on the engine's device, `here` marks the features it is of among those asked for,
-    and `part` is the part of their inputs that it is made from.
+    and `covered` (VECTORS,) is the part of each vector's inputs that it is made from.
     """
 
     output: torch.Tensor
     here: torch.Tensor
-    part: float
+    covered: torch.Tensor
+    eps: float  # as of a KernelReply
 
 
 def joined(pieces: Mapping[str, list[Piece]]) -> dict[str, KernelReply]:
@@ -288,11 +290,11 @@ def joined(pieces: Mapping[str, list[Piece]]) -> dict[str, KernelReply]:
     for name, parts in pieces.items():
         if not parts:
             continue
-        output, covered = torch.zeros(audit.VECTORS, len(parts[0].here)), torch.zeros(len(parts[0].here))
+        output, covered = torch.zeros(2, audit.VECTORS, len(parts[0].here))
         for i, piece in enumerate(parts):
             output[:, piece.here] += outputs[name, i]
-            covered[piece.here] += piece.part
-        replies[name] = KernelReply(output, covered)
+            covered[:, piece.here] += piece.covered[:, None]
+        replies[name] = KernelReply(output, covered, max(piece.eps for piece in parts))
     return replies
 
 
@@ -437,6 +439,12 @@ def is_in_checkpoint_layout(module: nn.Module, regions: list[Region]) -> bool:
         if start is not None and (live.shape, live.stride()) != (start.shape, start.stride()):
             return False
     return True
+
+
+def coarse_eps(module: nn.Module) -> float:
+    """The eps of weights that the module keeps in 8-bit floats, whose rounding stands in every product; 0 of others."""
+    dtypes = {parameter.dtype for parameter in module.parameters(recurse=False)}
+    return max((torch.finfo(d).eps for d in dtypes if d.is_floating_point and d.itemsize == 1), default=0.0)
 
 
 def keeps_a_packed_copy(module: nn.Module) -> bool:

@@ -22,10 +22,10 @@ from fura_rl.sync.expert_audit import expert_layers
 from fura_rl.sync.factors import Factors, Read, Span, fold_slice
 from fura_rl.sync.fingerprint import Sample, base_sample
 from fura_rl.sync.fold import CheckpointWeight, checkpoint_weights
-from fura_rl.sync.fold_rules import shifts_its_base
+from fura_rl.sync.fold_rules import shifts_its_base, small_factors
 from fura_rl.sync.remote_engine import Follower
 from fura_rl.sync.rounding import ROUNDINGS
-from fura_rl.sync.sharding import failing_together, is_piece, local
+from fura_rl.sync.sharding import failing_together, gathered, is_piece, local
 from fura_rl.sync.shared_audit import SharedKernels, worst_gains
 from fura_rl.sync.update_watch import UpdateWatch
 
@@ -80,13 +80,14 @@ class WeightSync:
         probe_every: probe at every N-th sync; the first is always probed.
         probe_tolerance: largest accepted gap in nats; None takes the default of the coarser dtype.
         audit_every: audit the engine's kernels at every N-th sync; 0 never.
-        mode: "factored" sends small factors where the method has them, "dense" whole weights, "auto" is factored.
+        mode: "factored" sends small factors, "dense" whole weights, "auto" small factors where the method has them.
         rounding: how folded weights are rounded to a 16-bit engine, "nearest" or "stochastic" (seeded by `seed`).
         compute_dtype: the dtype that the policy's forward runs in (its autocast dtype, where it has one).
         score: log-probs of token ids under the policy; replaced where the forward needs an autocast context.
 
     Raises:
-        ValueError: for an unknown mode or rounding, or where the engine's dtype cannot hold the weights.
+        ValueError: for an unknown mode or rounding, for "factored" where a weight has no small form, or where the
+            engine's dtype cannot hold the weights.
     """
 
     def __init__(
@@ -128,6 +129,8 @@ class WeightSync:
         self._first = True  # nothing has reached the engine yet
         self._previous_logprobs: torch.Tensor | None = None
         self.weights = self._current_weights()
+        if mode == "factored":
+            refuse_without_small_form(self.weights.values())
         if engine.dtype == torch.float16:
             refuse_beyond_float16(self.weights.values())
         self._starts = {} if engine.reads_the_trainers_base else starts_of_shifted_bases(self.weights.values(), model)
@@ -138,13 +141,18 @@ class WeightSync:
         return {weight.name: weight for weight in checkpoint_weights(self.model)}
 
     def _base_samples(self) -> dict[str, Sample]:
-        """A few numbers of every adapted base weight, which the engine's own must have as well."""
+        """A few numbers of every base weight at hand, which the engine's own must have as well: what is adapted is
+        folded from it, what is not is served from it.
+
+        Left out is what no longer has, or never had, the checkpoint's value: fully trained, or quantized.
+        """
         if self.engine.reads_the_trainers_base or self.follows:
             return {}
         return {
-            name: base_sample(self._checkpoint_read(weight), weight.local_rows, weight.shape[1])
+            name: base_sample(self._checkpoint_read(weight), weight.local_rows, (*weight.shape, 1)[1])
             for name, weight in self.weights.items()
-            if weight.layer is not None and weight.local_rows[0] < weight.local_rows[1]
+            if weight.layer is not None or (len(weight.shape) < 3 and not weight.trained and weight.quantized is None)
+            if weight.local_rows[0] < weight.local_rows[1]
         }
 
     def sync(self, everything: bool = False) -> SyncReport:
@@ -250,7 +258,8 @@ class WeightSync:
             return read
 
         def unshifted(rows: Span, columns: Span) -> torch.Tensor:
-            out = torch.empty(rows[1] - rows[0], columns[1] - columns[0])
+            device = start.tensors["up"].device
+            out = torch.empty(rows[1] - rows[0], columns[1] - columns[0], device=device)
             fold_slice(read, start, rows, columns, out)
             return out
 
@@ -336,6 +345,28 @@ def relative_to_start(factors: Factors, start: Factors) -> Factors:
     """B A - B0 A0 as one low-rank product: the update of the checkpoint's weight."""
     up = torch.cat([factors.tensors["up"], -start.tensors["up"]], dim=1)
     return Factors("low_rank", {"up": up, "down": torch.cat([factors.tensors["down"], start.tensors["down"]])})
+
+
+def refuse_without_small_form(weights: Iterable[CheckpointWeight]) -> None:
+    """Look before the first sync, which would send whole weights.  A vector has no smaller form and needs none.
+
+    Raises:
+        ValueError: naming the first such weights and what trains them.
+    """
+    whole = [w for w in weights if w.trained and len(w.shape) > 1 and not has_small_form(w)]
+    if whole:
+        shown = ", ".join(f"{w.name} ({type(w.layer).__name__ if w.layer else 'fully trained'})" for w in whole[:4])
+        raise ValueError(
+            f"sync_mode=factored sends small factors, and {len(whole)} trained weights have none: {shown}; use "
+            "sync_mode=auto, which sends these whole, or sync_mode=dense"
+        )
+
+
+def has_small_form(weight: CheckpointWeight) -> bool:
+    if weight.layer is None:
+        return False
+    with gathered(weight.layer, but=weight.layer.get_base_layer()):
+        return small_factors(weight.layer) is not None
 
 
 def refuse_beyond_float16(weights: Iterable[CheckpointWeight]) -> None:
