@@ -36,12 +36,12 @@ def test_every_kind_of_sharding_has_a_config():
 
 @pytest.fixture
 def submit(tmp_path):
-    """Runs the batch script; gives its exit code, its srun calls (token, devices and words of each), and its errors."""
+    """Runs the batch script; gives its exit code, its srun calls (token and words of each), and its errors."""
     bin_folder, calls = tmp_path / "bin", tmp_path / "calls"
     bin_folder.mkdir()
     calls.mkdir()
     recorder = (
-        f'#!/bin/bash\nfile=$(mktemp -p {calls}); printf "%q " "$FURA_ROLLOUT_TOKEN" "$CUDA_VISIBLE_DEVICES" "$@" > '
+        f'#!/bin/bash\nfile=$(mktemp -p {calls}); printf "%q " "$FURA_ROLLOUT_TOKEN" "$@" > '
         '"$file"\ncase "$*" in *serve_rollouts*) exec sleep 60;; esac\n'
         # the trainer is there until every server that it was told of has been recorded
         f'servers=$(grep -o http: <<< "$*" | wc -l); cd {calls}\n'
@@ -54,7 +54,9 @@ def submit(tmp_path):
         "srun": recorder,
         "accelerate": f"#!/bin/bash\ntouch {tmp_path}/up; until [ -e {tmp_path}/told ]; do sleep 0.1; done; exit 143\n",
         "scancel": f'#!/bin/bash\necho "$@" > {tmp_path}/told\n',
-        "scontrol": f'#!/bin/bash\necho "$@" >> {tmp_path}/scontrol; printf "%s\\n" n0 n1 n2 n3\n',
+        "scontrol": f'#!/bin/bash\necho "$@" >> {tmp_path}/scontrol\n'
+        f"[[ $INTERRUPTED == *CANCELLED ]] && touch {tmp_path}/told\n"
+        'case "$*" in "show job"*) echo "$INTERRUPTED";; *) printf "%s\\n" n0 n1 n2 n3;; esac\n',
     }
     for name, text in commands.items():
         (bin_folder / name).write_text(text)
@@ -92,7 +94,8 @@ def test_slurm_starts_servers_and_a_trainer_that_knows_them(submit):
     assert code == 0, errors
     servers = sorted((c for c in calls if "launch/serve_rollouts.py" in c), key=lambda words: option(words, "--port"))
     [trainer] = [c for c in calls if "launch/grpo_math.py" in c]
-    assert [(s[1], option(s, "--nodelist"), option(s, "--port"), option(s, "--model")) for s in servers] == [
+    names = ("CUDA_VISIBLE_DEVICES", "--nodelist", "--port", "--model")
+    assert [tuple(option(words, name) for name in names) for words in servers] == [
         ("0,1,2,3", "n3", "8000", "org/model"), ("4,5,6,7", "n3", "8001", "org/model"),
     ]  # fmt: skip
     assert all(option(s, "--tensor-parallel-size") == "4" for s in servers)
@@ -125,11 +128,17 @@ def test_the_secret_can_be_given(submit):
 def test_the_end_of_its_time_is_told_to_the_trainer_and_not_to_srun_and_the_job_goes_back_into_the_queue(
     submit, tmp_path
 ):
-    code, calls, errors = submit("--config", "mine.yaml", INTERRUPTED="1")
-    assert (tmp_path / "told").read_text().split() == ["--signal=TERM", "1.7"]
+    code, calls, errors = submit("--config", "mine.yaml", INTERRUPTED="JobState=RUNNING")
+    assert (tmp_path / "told").read_text().split() == ["--ctld", "--signal=TERM", "1.7"]
     assert code == 143, f"the trainer's own end, after its checkpoint: {errors}"
     assert (tmp_path / "scontrol").read_text().splitlines()[-1] == "requeue 1"
     assert len(calls) == 3
+
+
+def test_a_job_that_somebody_cancels_does_not_come_back(submit, tmp_path):
+    code, _, errors = submit("--config", "mine.yaml", INTERRUPTED="JobState=CANCELLED")
+    assert code == 143, errors
+    assert "requeue" not in (tmp_path / "scontrol").read_text()
 
 
 def test_slurm_reads_the_model_from_the_config(submit):
