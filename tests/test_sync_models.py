@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PARITY_NATS, make_tiny_checkpoint, perturb_trained, start_llm
-from peft import get_peft_model
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from trl import ModelConfig
 
+from fura_rl import FuraConfig
 from fura_rl.adapters.registry import peft_config_for
+from fura_rl.quickstart import BASE_MODEL
 from fura_rl.sync import vllm_model
 from fura_rl.sync.probe import StaleEngineError
 from fura_rl.sync.vllm_engine import InProcessEngine
@@ -65,6 +67,39 @@ def test_weights_in_checkpoint_layout_are_written_in_place(tmp_path, monkeypatch
         assert report.probe_max_gap < PARITY_NATS
         assert report.audit_gain_min == pytest.approx(1.0, abs=0.01)
     assert {name: module.weight.data_ptr() for name, module in layers.items()} == addresses
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """Its weights are stored (in, out), and its engine's kernels want (out, in)."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=64, n_layer=2, n_head=2, n_positions=256, vocab_size=len(tokenizer))
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return start(folder), folder
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FuraConfig(target_modules=["c_attn", "c_proj", "c_fc"]),
+        LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True),
+    ],
+    ids=["fura", "lora"],
+)
+def test_weights_that_a_checkpoint_stores_the_other_way_round_arrive(config, gpt2):
+    engine, folder = gpt2
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
+    sync = WeightSync(policy, engine, PROBE, probe_every=1)
+    for step in range(2):
+        before = engine.prompt_logprobs(PROBE)
+        perturb_trained(policy, 0.1, seed=step)
+        report = sync.sync(everything=True)
+        assert report.probe_max_gap < PARITY_NATS
+        assert (engine.prompt_logprobs(PROBE) - before).abs().max() > 100 * PARITY_NATS
+        assert report.audit_gain_min is None, "the probe is the proof"
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.3), ("float16", 0.03)])

@@ -259,8 +259,8 @@ class RemoteEngine:
         replies = self._recovering(lambda: self.transport.call("fura_replies", spans=wanted))
         return [
             {
-                name: KernelReply(unpack(output).reshape(VECTORS, -1), unpack(covered))
-                for name, (output, covered) in worker.items()
+                name: KernelReply(unpack(output).reshape(VECTORS, -1), unpack(covered), eps)
+                for name, (output, covered, eps) in worker.items()
             }
             for worker in replies
         ]

@@ -114,9 +114,9 @@ class FactoredSyncExtension:
         return self.fura_status()
 
     def fura_replies(self, spans: dict[str, list[list[int]]]) -> dict[str, Any]:
-        """The audit's replies: name -> [outputs, covered], float32 in base64."""
+        """The audit's replies: name -> [output, covered, eps], tensors as float32 in base64."""
         replies = self.weight_transfer_engine.live.kernel_replies(spans)
-        return {name: [pack(reply.output), pack(reply.covered)] for name, reply in replies.items()}
+        return {name: [pack(reply.output), pack(reply.covered), reply.eps] for name, reply in replies.items()}
 
     def _fura_reply(self, call: Callable[[], None]) -> dict[str, Any]:
         """The status after `call`; "error" and its kind where it failed, with no live weight changed."""

@@ -221,11 +221,15 @@ class LiveModel:
         return replies
 
     def _kernel_pieces(self, name: str, spans: tuple[Span, ...], kernels: KernelOutputs) -> list[Piece]:
-        """The parts of the reply of one weight; none where no kernel of this worker multiplies by it."""
+        """The parts of the reply of one weight; none where no kernel of this worker multiplies by it.
+
+        Nor of one that lies transposed in the checkpoint (GPT-2's), whose rows are no output features: of those the
+        probe is the proof.
+        """
         pieces = []
         for module_name in self.owners.get(name, ()):
             for region in (r for r in self.regions[module_name] if r.name == name and r.parameter == "weight"):
-                reply = kernels.of(module_name, region)
+                reply = None if region.transposed else kernels.of(module_name, region)
                 if reply is None:
                     break
                 first = region.offset // region.stride[0]  # output features lie in the order of the rows
