@@ -31,14 +31,14 @@ from fura_rl.sync.probe import StaleEngineError
 from fura_rl.sync.remote_engine import EngineLostError, RemoteSyncError
 from fura_rl.sync.sharding import PeerFailedError
 from fura_rl.trainer import FuraGRPOTrainer
-from rewards import load_reward
+from rewards import WorkersError, load_reward
 
 logger = logging.getLogger(__name__)
 
 # What stops a run by design: the message says what happened and what mends it, so that no traceback is needed.
 STOPS = (
     checkpoint.CheckpointError, FloatingPointError, OutOfMemory, StaleEngineError, EngineLostError, RemoteSyncError,
-    PeerFailedError,
+    PeerFailedError, WorkersError,
 )  # fmt: skip
 
 

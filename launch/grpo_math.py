@@ -11,6 +11,7 @@ import logging
 import sys
 from pathlib import Path
 
+BAD_SETTINGS = (ValueError, TypeError, OSError, NotImplementedError)  # what they raise, before training
 QUICKSTART_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 
 
@@ -27,13 +28,15 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         arguments = parse_arguments(argv, default_config=str(QUICKSTART_CONFIG))
-        from fura_rl.run import STOPS, die_with_parent, finish, prepare_run, train
+    except BAD_SETTINGS as error:
+        return refused(error)
+    from fura_rl.run import STOPS, die_with_parent, finish, prepare_run, train
 
-        die_with_parent()
+    die_with_parent()
+    try:
         run = prepare_run(arguments)
-    except (ValueError, TypeError, OSError, NotImplementedError) as error:  # what bad settings raise, before training
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (*BAD_SETTINGS, *STOPS) as error:  # the latter of a server that is not there, or is another's
+        return refused(error)
     try:
         train(run)
         code = finish(run)
@@ -43,6 +46,11 @@ def main(argv: list[str]) -> int:
     if run.trainer.accelerator.num_processes > 1:
         run.trainer.end()
     return code
+
+
+def refused(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

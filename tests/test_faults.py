@@ -1,5 +1,6 @@
 """Faults of the machine, each brought about for real: a port that is taken, a wrong token, no memory left."""
 
+import re
 import resource
 import signal
 import socket
@@ -149,6 +150,28 @@ def test_a_wrong_token_is_refused_by_name_and_is_not_shown(token, guarded, monke
         assert "right" not in str(caught.value)
         assert "wrong" not in str(caught.value)
     assert stranger.request("GET", "/health") == {"reached": True}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        ("right", r"error: http://127\.0\.0\.1:1 was not up within 2 s"),
+        ("wrong", r"error: .*wants another token; set FURA_"),
+    ],
+)
+def test_a_run_without_its_server_ends_with_one_message(token, message, guarded, tmp_path):
+    address = "http://127.0.0.1:1" if token == "right" else guarded
+    run = subprocess.run(
+        [
+            sys.executable, "launch/grpo_math.py", "--vllm_mode", "server", "--vllm_server_base_url", address,
+            "--vllm_server_timeout", "2", "--output_dir", str(tmp_path),
+        ],
+        capture_output=True, text=True, timeout=300, cwd=REPOSITORY, env=child_environment(FURA_ROLLOUT_TOKEN=token),
+    )  # fmt: skip
+    assert run.returncode == 2
+    assert re.search(message, run.stderr), run.stderr[-3000:]
+    assert "Traceback" not in run.stderr
 
 
 @pytest.mark.parametrize("place", ["", "/page"])

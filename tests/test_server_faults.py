@@ -190,23 +190,32 @@ def test_a_server_that_comes_back_with_another_base_is_refused_by_name_and_then_
     assert finished - up < RECOVERY_SECONDS
 
 
-def test_a_server_that_hangs_is_a_clear_error_in_time(trainer, rollout_server):
-    _, _, client = trainer
+@pytest.mark.parametrize("during", ["rollouts", "evaluation", "sync"])
+def test_a_server_that_hangs_is_a_clear_error_in_time(during, trainer, rollout_server):
+    policy, sync, client = trainer
     impatient = RolloutClient(rollout_server.url, connection_timeout=5.0)
     impatient.engine = client.engine
     impatient.engine.transport.timeout = 5.0
+    problems, greedy = [{"prompt_token_ids": PROMPTS[0]}], SamplingParams(temperature=0.0, max_tokens=8)
+    ask = {
+        "rollouts": lambda: impatient.generate(PROMPTS, **SAMPLING),
+        "evaluation": lambda: ServerSampler(impatient).generate(problems, greedy),
+        "sync": sync.sync,
+    }[during]
+    perturb_trained(policy, 0.1, seed=4)
     stopped = rollout_server.processes()
     for process in stopped:
         process.suspend()
     started = time.monotonic()
     try:
         with pytest.raises(EngineLostError, match=r"was not up within 5 s.*did not answer within"):
-            impatient.generate(PROMPTS, **SAMPLING)
+            ask()
         assert time.monotonic() - started < RECOVERY_SECONDS
     finally:
         for process in stopped:
             process.resume()
         client.engine.transport.timeout = 240.0
+    assert sync.sync().audit_gain_min == pytest.approx(1.0, abs=0.01)
     assert client.generate(PROMPTS, **SAMPLING)["completion_ids"]
 
 
