@@ -318,6 +318,17 @@ def test_closing_leaves_no_process_and_no_zombie():
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
 
 
+def test_a_sigterm_that_every_process_of_a_slurm_step_gets_leaves_the_workers_to_their_caller():
+    pool = WorkerPool(2)
+    grade(SYMBOLIC, pool=pool)
+    nursery, workers = worker_processes(pool)
+    for process in (nursery, *workers):
+        process.terminate()
+    time.sleep(0.5)
+    assert all(process.is_running() and process.status() != "zombie" for process in (nursery, *workers))
+    pool.close()
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, None])
 def test_the_worker_dies_with_its_parent_even_in_the_middle_of_an_item(how, tmp_path):
     """The parent leaves a process behind that holds a copy of its control socket: the workers go all the same."""
