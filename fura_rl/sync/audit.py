@@ -142,8 +142,9 @@ class KernelAudit:
             shares = [worker[name] for worker in workers if name in worker]
             coarsest = max([eps, *(share.eps for share in shares)])
             for reply, whole in complete_replies(shares):
-                if self._is_seen(name, whole, coarsest):
-                    found.append(self._gain(name, reply, whole))
+                part = ... if whole.all() else whole  # a mask copies what it picks
+                if self._is_seen(name, part, coarsest):
+                    found.append(self._gain(name, reply, part))
                     self._judged[name] |= whole
             if found:
                 gains[name] = worst(found)
@@ -241,8 +242,9 @@ def probe_vectors(features: int, device: torch.device) -> torch.Tensor:
     return vectors.to(device)
 
 
+@functools.lru_cache(maxsize=256)
 def covered_by(columns: Span, features: int) -> torch.Tensor:
-    """(VECTORS,): the part of each probe vector's inputs that lies in `columns`."""
+    """(VECTORS,): the part of each probe vector's inputs that lies in `columns`; to be read only."""
     bounds = torch.tensor(stretch_bounds(features))
     inside = bounds.clamp(*columns).diff()
     return inside / bounds.diff().clamp(min=1)
