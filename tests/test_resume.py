@@ -203,24 +203,24 @@ def test_a_run_killed_at_random_moments_is_the_run_that_was_not(kind, server, un
 
 
 def test_a_disk_that_fills_up_stops_the_run_with_one_message_and_loses_nothing(server, uninterrupted, tmp_path):
-    disk = tmp_path / "disk"
+    disk = tmp_path / "run"  # the run folder alone: what the run says about it is kept elsewhere
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount a file system")
     try:
-        run = Launched(server, disk / "run")
-        run.wait_until((disk / "run" / "checkpoint-2").exists)
+        run = Launched(server, disk)
+        run.wait_until((disk / "checkpoint-2").exists)
         with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as file:
             while True:
                 file.write(bytes(2**16))
         run.process.join(PATIENCE)
-        assert run.process.exitcode == 1
+        assert run.process.exitcode == 1, run.said()
         assert "Traceback" not in run.said()
         assert "error: " in run.said()
         assert "the same command goes on" in run.said()
         (disk / "filler").unlink()
-        Launched(server, disk / "run").finish()
-        assert different(uninterrupted("fura")[0], outcome(disk / "run")) == []
+        Launched(server, disk).finish()
+        assert different(uninterrupted("fura")[0], outcome(disk)) == []
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=False)
