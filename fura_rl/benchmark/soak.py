@@ -37,7 +37,7 @@ class Sample:
 
     step: int
     role: str
-    memory_mb: float  # unique to the processes: no library that others map too
+    memory_mb: float  # what the processes take: a page that several share counts once, in parts (Linux's PSS)
     handles: int
     threads: int
 
@@ -93,7 +93,7 @@ def look(pid: int, step: int) -> list[Sample]:
         root = psutil.Process(pid)
         for process in [root, *root.children(recursive=True)]:
             with process.oneshot():
-                level = process.memory_full_info().uss / 2**20, process.num_fds(), process.num_threads()
+                level = process.memory_full_info().pss / 2**20, process.num_fds(), process.num_threads()
                 found.setdefault(role_of(process.name(), process.cmdline()), []).append(level)
     except psutil.Error:  # one has ended meanwhile: the next look will do
         return []
