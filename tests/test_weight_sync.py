@@ -123,10 +123,11 @@ def test_a_fused_module_arrives_whole_when_only_one_member_is_adapted(engines):
     assert report.payload_bytes == expected, "nothing but the adapted modules and their fused siblings is sent"
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("svd", "lora", "dora", "pissa", "oft", "hira", "miss")]
+FROZEN_BASE = [name for name in METHODS if name not in ("full", "lift")]
+SLOW = [name if name == "fura" else pytest.param(name, marks=pytest.mark.slow) for name in FROZEN_BASE]
 
 
-@pytest.mark.parametrize("adapter", ["fura", *SLOW])
+@pytest.mark.parametrize("adapter", SLOW)
 def test_a_bfloat16_base_is_bit_identical_after_a_thousand_syncs(engines, adapter):
     policy, sync = make_sync(*engines("bfloat16"), adapter, dtype=torch.bfloat16)
     before = {name: p.detach().clone() for name, p in policy.named_parameters() if not p.requires_grad}
