@@ -145,6 +145,28 @@ def test_a_fresh_layer_is_never_near_stale_however_small_an_update_is_audited(ro
     assert 0.5 / deviation > 7, "so many standard deviations from STALE_BELOW"
 
 
+def test_of_weights_judged_at_once_each_has_its_own_gain_and_its_own_eps():
+    shapes = {"q": (64, 32), "k": (16, 32), "o": (64, 32), "down": (64, 96)}
+    old, new = ({name: torch.randn(shape) for name, shape in shapes.items()} for _ in range(2))
+    audit = KernelAudit()
+    for name in shapes:
+        expect(audit, new[name], old[name], name)
+    held = {"q": new["q"], "k": old["k"], "o": torch.lerp(old["o"], new["o"], 0.25), "down": new["down"]}
+    gains = audit.gains(Matrices(torch.float32, **held))
+    assert gains == pytest.approx({"q": 1.0, "k": 0.0, "o": 0.25, "down": 1.0}, abs=1e-3)
+    assert stale_modules(gains) == ["k", "o"]
+
+    class Coarse(Matrices):
+        """ "o" is kept so coarsely that its update is lost in the rounding."""
+
+        def kernel_replies(self, spans):
+            [replies] = super().kernel_replies(spans)
+            replies["o"] = KernelReply(replies["o"].output, replies["o"].covered, eps=100.0)
+            return [replies]
+
+    assert list(audit.gains(Coarse(torch.float32, **held))) == ["q", "k", "down"]
+
+
 def test_a_layer_the_engine_does_not_have_is_left_out(base):
     audit = KernelAudit()
     expect(audit, base + 1, base, name="elsewhere")

@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -134,32 +134,50 @@ class KernelAudit:
         """
         self._expected, self._previous = on_host(self._expected), on_host(self._previous)
         eps = torch.finfo(engine.dtype).eps
-        due = [name for name in self._expected if self._is_seen(name, ..., eps)]
+        due = self._due(eps)
         workers = engine.kernel_replies({name: self._spans[name] for name in due})
-        gains = {}
-        for name in due:
-            found, self._judged[name] = [], torch.zeros_like(self._expected[name], dtype=torch.bool)
-            shares = [worker[name] for worker in workers if name in worker]
-            coarsest = max([eps, *(share.eps for share in shares)])
-            for reply, whole in complete_replies(shares):
-                part = ... if whole.all() else whole  # a mask copies what it picks
-                if self._is_seen(name, part, coarsest):
-                    found.append(self._gain(name, reply, part))
-                    self._judged[name] |= whole
-            if found:
-                gains[name] = worst(found)
-        return gains
+        shares = {name: [worker[name] for worker in workers if name in worker] for name in due}
+        gains: dict[str, list[float]] = {name: [] for name in due}
+        for names in grouped(due, lambda name: (self._expected[name].shape, len(shares[name]))):
+            gains |= zip(names, self._judge(names, [shares[name] for name in names], eps), strict=True)
+        return {name: worst(found) for name, found in gains.items() if found}
 
-    def _is_seen(self, name: str, part: Any, eps: float) -> bool:
-        """Whether `part` of the numbers of `name` moves by enough to stand out of the engine's rounding."""
-        expected, previous = self._expected[name][part], self._previous[name][part]
-        visible = max(self._roundings[name] * eps / math.sqrt(expected.numel()), SMALLEST_UPDATE)
-        return bool((expected - previous).norm() > visible * expected.norm())
+    def _due(self, eps: float) -> list[str]:
+        """The weights whose whole reply moves by enough to be seen, in the order in which they were noted."""
+        moved: set[str] = set()
+        for names in grouped(self._expected, lambda name: self._expected[name].shape):
+            everything = torch.ones(len(names), *self._expected[names[0]].shape, dtype=torch.bool)
+            moved |= set(itertools.compress(names, self._stand_out(names, everything, [eps] * len(names))))
+        return [name for name in self._expected if name in moved]
 
-    def _gain(self, name: str, reply: torch.Tensor, part: torch.Tensor) -> float:
-        previous = self._previous[name][part]
-        update = self._expected[name][part] - previous
-        return float(((reply.double()[part] - previous) * update).sum() / update.square().sum())
+    def _judge(self, names: list[str], shares: list[list[KernelReply]], eps: float) -> list[list[float]]:
+        """The gains of each of `names`, alike in shape and in the number of shares: one for every reply that is whole
+        somewhere and shows its update there."""
+        coarsest = [max([eps, *(share.eps for share in own)]) for own in shares]
+        judged = torch.zeros(len(names), *self._expected[names[0]].shape, dtype=torch.bool)
+        found: list[list[float]] = [[] for _ in names]
+        for reply, whole in complete_replies([stacked(of_worker) for of_worker in zip(*shares, strict=True)]):
+            seen = self._stand_out(names, whole, coarsest)
+            judged |= whole & torch.tensor(seen)[:, None, None]
+            for own, gain in itertools.compress(zip(found, self._gains(names, reply, whole), strict=True), seen):
+                own.append(gain)
+        self._judged |= zip(names, judged, strict=True)
+        return found
+
+    def _stand_out(self, names: list[str], whole: torch.Tensor, eps: list[float]) -> list[bool]:
+        """Of each weight, whether its numbers `whole` move by enough to stand out of the engine's rounding."""
+        expected, previous = stack_of(self._expected, names), stack_of(self._previous, names)
+        roundings = torch.tensor([self._roundings[name] for name in names]) * torch.tensor(eps, dtype=torch.float64)
+        visible = (roundings / whole.sum((1, 2)).clamp(min=1).sqrt()).clamp(min=SMALLEST_UPDATE)
+        size, update = (torch.where(whole, part, 0).flatten(1).norm(dim=1) for part in (expected, expected - previous))
+        return (update > visible * size).tolist()
+
+    def _gains(self, names: list[str], reply: torch.Tensor, whole: torch.Tensor) -> list[float]:
+        """Of each weight, the regression of its `reply` on its update over the numbers `whole`."""
+        expected, previous = stack_of(self._expected, names), stack_of(self._previous, names)
+        update = torch.where(whole, expected - previous, 0)
+        found = torch.where(whole, reply.double() - previous, 0)
+        return ((found * update).sum((1, 2)) / update.square().sum((1, 2))).tolist()
 
     def accept(self, gains: dict[str, float]) -> None:
         """The layers of `gains` are proved, as far as they were judged: their next update is counted from here."""
@@ -169,6 +187,24 @@ class KernelAudit:
     def forget(self) -> None:
         """The engine is another one now, or was restarted: nothing is known of it."""
         self._previous.clear()
+
+
+def grouped(names: Iterable[str], key: Callable[[str], Hashable]) -> list[list[str]]:
+    """`names` that are alike in `key`, to be judged at once: a small operation a weight is what an audit would take."""
+    groups: dict[Hashable, list[str]] = {}
+    for name in names:
+        groups.setdefault(key(name), []).append(name)
+    return list(groups.values())
+
+
+def stack_of(tensors: Mapping[str, torch.Tensor], names: list[str]) -> torch.Tensor:
+    """(weights, VECTORS, features) in float64, in which an update is a small difference."""
+    return torch.stack([tensors[name] for name in names]).double()
+
+
+def stacked(replies: Sequence[KernelReply]) -> KernelReply:
+    """One worker's shares of several weights of one shape: (weights, VECTORS, features)."""
+    return KernelReply(torch.stack([r.output for r in replies]), torch.stack([r.covered for r in replies]))
 
 
 def complete_replies(shares: list[KernelReply]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -257,5 +293,5 @@ def tokens_of_experts(vectors: torch.Tensor, experts: Iterable[int]) -> tuple[to
 
 
 def product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """x W^T in float64 (VECTORS, out), multiplied in float32."""
-    return (x @ weight.float().mT).double()
+    """x W^T (VECTORS, out) in float32."""
+    return x @ weight.float().mT

@@ -53,7 +53,7 @@ class ExpertLayer:
 
     @torch.no_grad()
     def replies(self, dtype: torch.dtype) -> torch.Tensor:
-        """(experts, VECTORS, features) in float64: what a kernel must compute that holds these weights in `dtype`."""
+        """(experts, VECTORS, features): what a kernel must compute that holds these weights in `dtype`."""
         return self._replies({w.name.rpartition(".")[2]: w.value().to(dtype).float() for w in self.weights})
 
     @torch.no_grad()
@@ -70,7 +70,7 @@ class ExpertLayer:
         weights = torch.ones(len(tokens), 1, device=device)
         output = functional_call(self.module, tensors, (tokens, routes, weights))
         picked = torch.cat([torch.arange(*span, device=device) for span in self.spans])
-        return output[:, picked].reshape(self.expert_count, VECTORS, -1).double()
+        return output[:, picked].reshape(self.expert_count, VECTORS, -1)
 
 
 def expert_layers(model: nn.Module, weights: Iterable[CheckpointWeight]) -> Iterator[ExpertLayer]:

@@ -284,6 +284,11 @@ class Piece:
     covered: torch.Tensor
     eps: float  # as of a KernelReply
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has every feature asked for."""
+        return self.output.shape[1] == len(self.here)
+
 
 def joined(pieces: Mapping[str, list[Piece]]) -> dict[str, KernelReply]:
     """The reply of every weight that has pieces, on the CPU."""
@@ -293,6 +298,10 @@ def joined(pieces: Mapping[str, list[Piece]]) -> dict[str, KernelReply]:
     replies = {}
     for name, parts in pieces.items():
         if not parts:
+            continue
+        if len(parts) == 1 and parts[0].is_whole:
+            covered = parts[0].covered[:, None].expand_as(outputs[name, 0])
+            replies[name] = KernelReply(outputs[name, 0], covered, parts[0].eps)
             continue
         output, covered = torch.zeros(2, audit.VECTORS, len(parts[0].here))
         for i, piece in enumerate(parts):
