@@ -7,14 +7,18 @@ that name.  What is in a checkpoint is the trainer's business.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from fura_rl.redaction import redacted
 
@@ -25,6 +29,7 @@ SEAL = "sealed.json"
 SETTINGS = "settings.json"
 STATE = "trainer_state.json"  # transformers' own, the last file that it writes
 PROBE_BYTES = 64 * 2**10
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 # Settings that change what is shown, kept or sent where, and no number of the training.
 SETTINGS_OF_NO_NUMBER = frozenset({
@@ -45,6 +50,29 @@ SETTINGS_OF_NO_NUMBER = frozenset({
 
 class CheckpointError(OSError):
     """A checkpoint cannot be written, or the next one could not be; those before it are whole."""
+
+
+@contextmanager
+def a_full_disk_named(output_dir: Path) -> Iterator[None]:
+    """Turns what a write raises where there is no room (of a log, completions, the report) into one message.
+
+    Raises:
+        CheckpointError: saying from where the same command goes on.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (OSError, SafetensorError) as error:
+        # safetensors tells the system's number in its text alone
+        texts = [f"(os error {number})" for number in NO_ROOM]
+        if getattr(error, "errno", None) not in NO_ROOM and not any(text in str(error) for text in texts):
+            raise
+        last = last_checkpoint(output_dir)
+        raise CheckpointError(
+            f"output_dir={str(output_dir)!r} could not be written to: {str(error).splitlines()[0]}. Free some space "
+            f"there; the same command goes on from {'the start' if last is None else last.name}"
+        ) from error
 
 
 def step_of(checkpoint: Path) -> int | None:

@@ -30,6 +30,7 @@ def main(argv: list[str]) -> int:
         arguments = parse_arguments(argv, default_config=str(QUICKSTART_CONFIG))
     except BAD_SETTINGS as error:
         return refused(error)
+    from fura_rl.checkpoint import a_full_disk_named
     from fura_rl.run import STOPS, die_with_parent, finish, prepare_run, train
 
     die_with_parent()
@@ -38,8 +39,9 @@ def main(argv: list[str]) -> int:
     except (*BAD_SETTINGS, *STOPS) as error:  # the latter of a server that is not there, or is another's
         return refused(error)
     try:
-        train(run)
-        code = finish(run)
+        with a_full_disk_named(Path(arguments.training.output_dir)):
+            train(run)
+            code = finish(run)
     except STOPS as error:
         print(f"\nerror: {error}", file=sys.stderr)  # on a line of its own, below the progress bar
         return 1

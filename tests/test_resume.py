@@ -202,15 +202,24 @@ def test_a_run_killed_at_random_moments_is_the_run_that_was_not(kind, server, un
     assert not (folder / "_unfinished").exists()
 
 
-def test_a_disk_that_fills_up_stops_the_run_with_one_message_and_loses_nothing(server, uninterrupted, tmp_path):
+@pytest.mark.parametrize(
+    ("save_steps", "says"),
+    [(1, "the same command goes on"), (4, "the same command goes on from checkpoint-4")],
+    ids=["anything next", "a log next"],
+)
+def test_a_disk_that_fills_up_stops_the_run_with_one_message_and_loses_nothing(
+    save_steps, says, server, uninterrupted, tmp_path
+):
+    """Where every step saves, a checkpoint or a log meets the full disk first; where every fourth does, the log."""
     disk = tmp_path / "run"  # the run folder alone: what the run says about it is kept elsewhere
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount a file system")
     try:
-        run = Launched(server, disk)
-        run.wait_until((disk / "checkpoint-2").exists)
+        settings = ["--save_steps", str(save_steps)]
+        run = Launched(server, disk, *settings)
+        run.wait_until((disk / "checkpoint-4").exists)
         with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as file:
             while True:
                 file.write(bytes(2**16))
@@ -218,9 +227,9 @@ def test_a_disk_that_fills_up_stops_the_run_with_one_message_and_loses_nothing(s
         assert run.process.exitcode == 1, run.said()
         assert "Traceback" not in run.said()
         assert "error: " in run.said()
-        assert "the same command goes on" in run.said()
+        assert says in run.said()
         (disk / "filler").unlink()
-        Launched(server, disk).finish()
+        Launched(server, disk, *settings).finish()
         assert different(uninterrupted("fura")[0], outcome(disk)) == []
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=False)
