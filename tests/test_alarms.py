@@ -285,3 +285,33 @@ def test_a_run_with_updates_too_small_and_then_a_gradient_that_overflows(tmp_pat
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "checkpoint-4").exists(), "what is not finite is not saved"
     assert len(history(tmp_path, 3)) == 3
+
+
+TORN_ENGINE = """
+import runpy, sys
+del sys.argv[0]
+from fura_rl.sync.weight_sync import WeightSync
+sync = WeightSync.sync
+
+def then_torn(self, everything=False):
+    report = sync(self, everything)
+    if report.version == 3:
+        self.engine.model.modules["model.norm"].weight.data.fill_(float("nan"))
+    return report
+
+WeightSync.sync = then_torn
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_run_whose_engine_begins_to_compute_nan_stops_before_it_trains_on_it(tmp_path):
+    python, *command = RUN
+    words = [python, "-c", TORN_ENGINE, *command, "--output_dir", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=400, cwd=REPOSITORY, env=child_environment())
+    assert done.returncode == 1, done.stderr[-3000:]
+    [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert re.search(r"(\d+) of \1 sampled tokens have a rollout log-prob that is not finite", error)
+    assert "Traceback" not in done.stderr
+    assert len(history(tmp_path, 2)) == 2, "what was trained before is kept"
+    assert not (tmp_path / "checkpoint-3").exists()
