@@ -1,6 +1,6 @@
 """Measure FuRA against its peers, side by side in one process: medians of interleaved runs, ratios, peak memory.
 
-    python launch/benchmark.py layer                     one adapted layer: forward, backward, memory
+    python launch/benchmark.py layer                     one adapted layer: time (on a GPU as a CUDA graph too), memory
     python launch/benchmark.py convert                   decomposing a layer
     python launch/benchmark.py model                     converting a whole model, and its peak memory
     python launch/benchmark.py fold                      folding a layer for a sync

@@ -10,7 +10,7 @@ import torch
 from conftest import REPOSITORY
 
 from fura_rl.adapters import frames
-from fura_rl.benchmark import BENCHMARKS, SHARES, grpo_step, measure, measure_all, model, soak
+from fura_rl.benchmark import BENCHMARKS, SHARES, grpo_step, layer, measure, measure_all, model, report, soak
 from fura_rl.benchmark.budget import Budget
 from fura_rl.benchmark.convert import decoder_layer
 from fura_rl.benchmark.models import projection_shapes
@@ -128,6 +128,32 @@ def test_a_benchmark_that_fails_does_not_take_the_others_results_with_it(tmp_pat
 def small_settings(**settings):
     shared = {"device": CPU, "dtype": torch.float32, "repeats": 3, "seconds": 0.1, "sizes": (), "model": "tiny"}
     return measure.Settings(**{"shapes": (), "tokens": ()} | shared | settings)
+
+
+def test_a_cpu_has_no_columns_of_cuda_graphs():
+    rows = layer.run(small_settings(shapes=((64, 64),), tokens=(8,)))
+    assert [row["layer"] for row in rows] == ["frozen", "fura", "lora", "lora r=64", "dora", "oft", "paper"]
+    assert not [column for column in rows[0] if "graph" in column]
+
+
+def test_what_no_cuda_graph_takes_has_an_empty_cell():
+    rows = [{"layer": name} for name in ("frozen", "fura", "oft")]
+    layer.add_graph_times(rows, {"frozen": 1e-3, "fura": 2e-3, "oft": None})
+    assert report.markdown(rows).splitlines()[2:] == ["| frozen | 1 | 2 |", "| fura | 2 | 1 |", "| oft |  |  |"]
+    layer.add_graph_times(rows, {"frozen": 1e-3, "fura": None, "oft": 4e-3})
+    assert [row["fura_graph_ratio"] for row in rows] == [None, None, None], "ratios are of fura's time"
+    assert [row["graph_step_ms"] for row in rows] == [1.0, None, 4.0]
+
+
+def test_forward_and_backward_of_a_graph_are_those_of_a_step():
+    contenders = layer.moved_contenders(small_settings(), (64, 64))
+    for contender in contenders.values():
+        x, grad = torch.randn(8, 64, requires_grad=True), torch.randn(8, 64)
+        gradients = layer.gradients_of(contender, x, grad)()
+        assert x.grad is None
+        contender(x).backward(grad)
+        trained = [p for p in contender.parameters() if p.requires_grad]
+        assert all(torch.equal(a, b.grad) for a, b in zip(gradients, [x, *trained], strict=True))
 
 
 def test_a_whole_model_that_is_converted_wrongly_is_not_reported(monkeypatch):

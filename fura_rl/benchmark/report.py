@@ -8,9 +8,11 @@ from typing import Any
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """Rows of equal keys as a table; floats to three significant digits."""
+    """Rows of equal keys as a table; floats to three significant digits, None as an empty cell."""
 
     def cell(value: Any) -> str:
+        if value is None:
+            return ""
         return f"{value:.3g}" if isinstance(value, float) else str(value)
 
     header = list(rows[0])
