@@ -10,10 +10,11 @@ import torch
 from conftest import REPOSITORY
 
 from fura_rl.adapters import frames
-from fura_rl.benchmark import BENCHMARKS, SHARES, grpo_step, layer, measure, measure_all, model, report, soak
+from fura_rl.adapters.fura_layer import FuraLinear
+from fura_rl.benchmark import BENCHMARKS, SHARES, graphed, grpo_step, layer, measure, measure_all, model, report, soak
 from fura_rl.benchmark.budget import Budget
 from fura_rl.benchmark.convert import decoder_layer
-from fura_rl.benchmark.models import projection_shapes
+from fura_rl.benchmark.models import projection_shapes, random_model
 
 CPU = torch.device("cpu")
 
@@ -145,6 +146,32 @@ def test_what_no_cuda_graph_takes_has_an_empty_cell():
     assert [row["graph_step_ms"] for row in rows] == [1.0, None, 4.0]
 
 
+def test_a_capture_that_fails_is_named_and_tried_again_only_where_memory_was_short(monkeypatch, capsys):
+    class Graph:
+        def replay(self):
+            calls.append("replay")
+
+    def capture(call, device):
+        calls.append(call)
+        if call == "reads":
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        if call == "large":
+            raise torch.OutOfMemoryError("out of memory")
+        return Graph()
+
+    calls, uncaptured = [], set()
+    monkeypatch.setattr(graphed, "capture", capture)
+    named = {"fura": "fura", "oft": "reads", "dora": "large"}
+    for tried in (["fura", "reads", "large"], ["fura", "large"]):
+        calls.clear()
+        times = graphed.interleaved_medians(named, small_settings(), uncaptured)
+        assert [call for call in calls if call != "replay"] == tried
+        assert calls.count("replay") == (1 + 3) * graphed.REPLAYS, "a warm-up and three repeats"
+        assert times["fura"] > 0
+        assert times["oft"] is times["dora"] is None
+    assert capsys.readouterr().out.count("oft has no time as a CUDA graph: operation not permitted when stream") == 1
+
+
 def test_forward_and_backward_of_a_graph_are_those_of_a_step():
     contenders = layer.moved_contenders(small_settings(), (64, 64))
     for contender in contenders.values():
@@ -175,6 +202,39 @@ def test_a_step_that_leaves_nan_is_not_reported(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *size, **options: torch.full(size, float("nan"), **options))
     with pytest.raises(RuntimeError, match=r"fura: a step of tiny in torch\.float32 leaves non-finite values"):
         grpo_step.run(small_settings())
+
+
+def test_a_step_whose_log_probs_are_wrong_is_not_reported(monkeypatch):
+    def unmoved(self, x, cores):
+        return self.base_layer(x) + 0 * cores[0].delta_s.sum()
+
+    monkeypatch.setattr(FuraLinear, "_base_forward", unmoved)
+    wrong = r"fura: log-probs of tiny \(2 of 2 decoder layers\) in torch\.float32 are 0\.0\d+ nats \(RMS\) from"
+    with pytest.raises(RuntimeError, match=wrong):
+        grpo_step.run(small_settings())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["fura", "lora", "full"])
+def test_log_probs_are_checked_over_as_many_layers_as_fit_in_float32(method, dtype, monkeypatch):
+    settings = small_settings(dtype=dtype)
+    policy, _ = grpo_step.make_policy(settings, method)
+    sequences = torch.randint(3, 512, (1, 32))
+    monkeypatch.setattr(grpo_step, "checked_layers", lambda size: 1)
+    grpo_step.check_logprobs(settings, method, policy, sequences, 16)
+    assert policy.config.num_hidden_layers == 2, "the step that follows has all"
+    monkeypatch.setattr(grpo_step, "float32_reference", lambda *_: policy)
+    with pytest.raises(RuntimeError, match=r"1 of 2 decoder layers"):
+        grpo_step.check_logprobs(settings, method, policy, sequences, 16)
+
+
+def test_a_float32_reference_of_a_1_7b_is_whole_and_one_of_a_7b_has_its_first_layers():
+    assert [grpo_step.checked_layers(size) for size in ("tiny", "qwen3-1.7b", "7b")] == [2, 28, 4]
+    for size in ("qwen3-1.7b", "7b"):
+        layers = grpo_step.checked_layers(size)
+        model = random_model(size, torch.device("meta"), torch.float32, layers)
+        assert len(model.model.layers) == layers
+        assert sum(p.nbytes for p in model.parameters()) < grpo_step.REFERENCE_BYTES + 2**20, "norms beside"
 
 
 def test_a_soak_tells_what_grows_after_its_warm_up():
