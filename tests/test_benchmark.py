@@ -13,6 +13,7 @@ from fura_rl.adapters import frames
 from fura_rl.adapters.fura_layer import FuraLinear
 from fura_rl.benchmark import BENCHMARKS, SHARES, graphed, grpo_step, layer, measure, measure_all, model, report, soak
 from fura_rl.benchmark.budget import Budget
+from fura_rl.benchmark.contenders import make_contenders
 from fura_rl.benchmark.convert import decoder_layer
 from fura_rl.benchmark.models import projection_shapes, random_model
 
@@ -135,6 +136,44 @@ def test_a_cpu_has_no_columns_of_cuda_graphs():
     rows = layer.run(small_settings(shapes=((64, 64),), tokens=(8,)))
     assert [row["layer"] for row in rows] == ["frozen", "fura", "lora", "lora r=64", "dora", "oft", "paper"]
     assert not [column for column in rows[0] if "graph" in column]
+
+
+def test_the_layer_table_has_every_contender_that_was_measured(tmp_path):
+    settings = small_settings(shapes=((64, 64), (32, 64)), tokens=(8, 16), out=tmp_path)
+    assert measure_all(["layer"], settings) == 0
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["results"]["layer"]
+    text = (
+        (tmp_path / "benchmark.md").read_text().partition("Forward and backward of a FuRA layer over the other's:")[2]
+    )
+    header, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.strip().splitlines()]
+    names = {report.LAYER_NAMES.get(row["layer"], row["layer"]): row["layer"] for row in rows if row["layer"] != "fura"}
+    assert header == ["layer", "tokens", *names, "peak memory / LoRA"]
+    assert set(names.values()) | {"fura"} == set(make_contenders(torch.nn.Linear(64, 64, bias=False)))
+    assert [line[:2] for line in lines] == [
+        ["64 to 64", "8"],
+        ["64 to 64", "16"],
+        ["64 to 32", "8"],
+        ["64 to 32", "16"],
+    ]
+    times = {(row["shape"].replace("->", " to "), str(row["tokens"]), row["layer"]): row["step_ms"] for row in rows}
+    for shape, tokens, *ratios, _ in lines:
+        for name, ratio in zip(names.values(), ratios, strict=True):
+            expected = times[shape, tokens, "fura"] / times[shape, tokens, name]
+            assert float(ratio) == pytest.approx(expected, rel=6e-3), "three digits"
+
+
+def test_a_contender_left_out_at_a_shape_has_an_empty_cell_and_a_gpu_a_second_table():
+    columns = {"tokens": 8, "fura_step_ratio": 0.5, "fura_peak_ratio": 0.25, "fura_graph_ratio": None}
+    rows = [
+        {"shape": shape, "layer": name} | columns
+        for shape, name in (("a->b", "lora"), ("a->b", "oft"), ("c->d", "lora"))
+    ]
+    assert report.layer_table(rows, "fura_step_ratio") == [
+        {"layer": "a to b", "tokens": 8, "LoRA": 0.5, "OFT": 0.5, "peak memory / LoRA": 0.25},
+        {"layer": "c to d", "tokens": 8, "LoRA": 0.5, "OFT": None, "peak memory / LoRA": 0.25},
+    ]
+    _, _, graphs = report.layer_tables(rows).partition("The same as CUDA graphs, without the launches:")
+    assert "| a to b | 8 |  |  | 0.25 |" in graphs
 
 
 def test_what_no_cuda_graph_takes_has_an_empty_cell():
