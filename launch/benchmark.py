@@ -1,6 +1,6 @@
 """Measure FuRA against its peers, side by side in one process: medians of interleaved runs, ratios, peak memory.
 
-    python launch/benchmark.py layer                     one adapted layer: forward, backward, memory
+    python launch/benchmark.py layer                     one adapted layer: time (on a GPU as a CUDA graph too), memory
     python launch/benchmark.py convert                   decomposing a layer
     python launch/benchmark.py model                     converting a whole model, and its peak memory
     python launch/benchmark.py fold                      folding a layer for a sync
@@ -12,8 +12,8 @@
     python launch/benchmark.py rewards                   grading answers: throughput, hostile answers, beside peers
     python launch/benchmark.py all --device cuda --out outputs/benchmark    everything, in under eight minutes
 
-layer, convert, model and fold check their results against a float32 reference; sync checks the engine's log-probs
-against the trainer's, both in --dtype; step checks that its numbers are finite.  A failed check ends the benchmark.
+layer, convert, model, fold and step check their results against a float32 reference, step that they stay finite too;
+sync checks the engine's log-probs against the trainer's, both in --dtype.  A failed check ends the benchmark.
 Writes benchmark.json, benchmark.md (the README's tables) and layer.png to --out.  Needs torch, transformers, peft and
 accelerate; sync needs vllm, quantize bitsandbytes, the plot matplotlib.  What is missing, and what no longer fits the
 time, is skipped with a line.

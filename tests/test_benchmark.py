@@ -10,10 +10,12 @@ import torch
 from conftest import REPOSITORY
 
 from fura_rl.adapters import frames
-from fura_rl.benchmark import BENCHMARKS, SHARES, grpo_step, measure, measure_all, model, soak
+from fura_rl.adapters.fura_layer import FuraLinear
+from fura_rl.benchmark import BENCHMARKS, SHARES, graphed, grpo_step, layer, measure, measure_all, model, report, soak
 from fura_rl.benchmark.budget import Budget
+from fura_rl.benchmark.contenders import make_contenders
 from fura_rl.benchmark.convert import decoder_layer
-from fura_rl.benchmark.models import projection_shapes
+from fura_rl.benchmark.models import projection_shapes, random_model
 
 CPU = torch.device("cpu")
 
@@ -130,6 +132,96 @@ def small_settings(**settings):
     return measure.Settings(**{"shapes": (), "tokens": ()} | shared | settings)
 
 
+def test_a_cpu_has_no_columns_of_cuda_graphs():
+    rows = layer.run(small_settings(shapes=((64, 64),), tokens=(8,)))
+    assert [row["layer"] for row in rows] == ["frozen", "fura", "lora", "lora r=64", "dora", "oft", "paper"]
+    assert not [column for column in rows[0] if "graph" in column]
+
+
+def test_the_layer_table_has_every_contender_that_was_measured(tmp_path):
+    settings = small_settings(shapes=((64, 64), (32, 64)), tokens=(8, 16), out=tmp_path)
+    assert measure_all(["layer"], settings) == 0
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["results"]["layer"]
+    text = (
+        (tmp_path / "benchmark.md").read_text().partition("Forward and backward of a FuRA layer over the other's:")[2]
+    )
+    header, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.strip().splitlines()]
+    names = {report.LAYER_NAMES.get(row["layer"], row["layer"]): row["layer"] for row in rows if row["layer"] != "fura"}
+    assert header == ["layer", "tokens", *names, "peak memory / LoRA"]
+    assert set(names.values()) | {"fura"} == set(make_contenders(torch.nn.Linear(64, 64, bias=False)))
+    assert [line[:2] for line in lines] == [
+        ["64 to 64", "8"],
+        ["64 to 64", "16"],
+        ["64 to 32", "8"],
+        ["64 to 32", "16"],
+    ]
+    times = {(row["shape"].replace("->", " to "), str(row["tokens"]), row["layer"]): row["step_ms"] for row in rows}
+    for shape, tokens, *ratios, _ in lines:
+        for name, ratio in zip(names.values(), ratios, strict=True):
+            expected = times[shape, tokens, "fura"] / times[shape, tokens, name]
+            assert float(ratio) == pytest.approx(expected, rel=6e-3), "three digits"
+
+
+def test_a_contender_left_out_at_a_shape_has_an_empty_cell_and_a_gpu_a_second_table():
+    columns = {"tokens": 8, "fura_step_ratio": 0.5, "fura_peak_ratio": 0.25, "fura_graph_ratio": None}
+    rows = [
+        {"shape": shape, "layer": name} | columns
+        for shape, name in (("a->b", "lora"), ("a->b", "oft"), ("c->d", "lora"))
+    ]
+    assert report.layer_table(rows, "fura_step_ratio") == [
+        {"layer": "a to b", "tokens": 8, "LoRA": 0.5, "OFT": 0.5, "peak memory / LoRA": 0.25},
+        {"layer": "c to d", "tokens": 8, "LoRA": 0.5, "OFT": None, "peak memory / LoRA": 0.25},
+    ]
+    _, _, graphs = report.layer_tables(rows).partition("The same as CUDA graphs, without the launches:")
+    assert "| a to b | 8 |  |  | 0.25 |" in graphs
+
+
+def test_what_no_cuda_graph_takes_has_an_empty_cell():
+    rows = [{"layer": name} for name in ("frozen", "fura", "oft")]
+    layer.add_graph_times(rows, {"frozen": 1e-3, "fura": 2e-3, "oft": None})
+    assert report.markdown(rows).splitlines()[2:] == ["| frozen | 1 | 2 |", "| fura | 2 | 1 |", "| oft |  |  |"]
+    layer.add_graph_times(rows, {"frozen": 1e-3, "fura": None, "oft": 4e-3})
+    assert [row["fura_graph_ratio"] for row in rows] == [None, None, None], "ratios are of fura's time"
+    assert [row["graph_step_ms"] for row in rows] == [1.0, None, 4.0]
+
+
+def test_a_capture_that_fails_is_named_and_tried_again_only_where_memory_was_short(monkeypatch, capsys):
+    class Graph:
+        def replay(self):
+            calls.append("replay")
+
+    def capture(call, device):
+        calls.append(call)
+        if call == "reads":
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        if call == "large":
+            raise torch.OutOfMemoryError("out of memory")
+        return Graph()
+
+    calls, uncaptured = [], set()
+    monkeypatch.setattr(graphed, "capture", capture)
+    named = {"fura": "fura", "oft": "reads", "dora": "large"}
+    for tried in (["fura", "reads", "large"], ["fura", "large"]):
+        calls.clear()
+        times = graphed.interleaved_medians(named, small_settings(), uncaptured)
+        assert [call for call in calls if call != "replay"] == tried
+        assert calls.count("replay") == (1 + 3) * graphed.REPLAYS, "a warm-up and three repeats"
+        assert times["fura"] > 0
+        assert times["oft"] is times["dora"] is None
+    assert capsys.readouterr().out.count("oft has no time as a CUDA graph: operation not permitted when stream") == 1
+
+
+def test_forward_and_backward_of_a_graph_are_those_of_a_step():
+    contenders = layer.moved_contenders(small_settings(), (64, 64))
+    for contender in contenders.values():
+        x, grad = torch.randn(8, 64, requires_grad=True), torch.randn(8, 64)
+        gradients = layer.gradients_of(contender, x, grad)()
+        assert x.grad is None
+        contender(x).backward(grad)
+        trained = [p for p in contender.parameters() if p.requires_grad]
+        assert all(torch.equal(a, b.grad) for a, b in zip(gradients, [x, *trained], strict=True))
+
+
 def test_a_whole_model_that_is_converted_wrongly_is_not_reported(monkeypatch):
     [row] = model.run(small_settings())
     assert row["convert_s"] > 0
@@ -149,6 +241,39 @@ def test_a_step_that_leaves_nan_is_not_reported(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *size, **options: torch.full(size, float("nan"), **options))
     with pytest.raises(RuntimeError, match=r"fura: a step of tiny in torch\.float32 leaves non-finite values"):
         grpo_step.run(small_settings())
+
+
+def test_a_step_whose_log_probs_are_wrong_is_not_reported(monkeypatch):
+    def unmoved(self, x, cores):
+        return self.base_layer(x) + 0 * cores[0].delta_s.sum()
+
+    monkeypatch.setattr(FuraLinear, "_base_forward", unmoved)
+    wrong = r"fura: log-probs of tiny \(2 of 2 decoder layers\) in torch\.float32 are 0\.0\d+ nats \(RMS\) from"
+    with pytest.raises(RuntimeError, match=wrong):
+        grpo_step.run(small_settings())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["fura", "lora", "full"])
+def test_log_probs_are_checked_over_as_many_layers_as_fit_in_float32(method, dtype, monkeypatch):
+    settings = small_settings(dtype=dtype)
+    policy, _ = grpo_step.make_policy(settings, method)
+    sequences = torch.randint(3, 512, (1, 32))
+    monkeypatch.setattr(grpo_step, "checked_layers", lambda size: 1)
+    grpo_step.check_logprobs(settings, method, policy, sequences, 16)
+    assert policy.config.num_hidden_layers == 2, "the step that follows has all"
+    monkeypatch.setattr(grpo_step, "float32_reference", lambda *_: policy)
+    with pytest.raises(RuntimeError, match=r"1 of 2 decoder layers"):
+        grpo_step.check_logprobs(settings, method, policy, sequences, 16)
+
+
+def test_a_float32_reference_of_a_1_7b_is_whole_and_one_of_a_7b_has_its_first_layers():
+    assert [grpo_step.checked_layers(size) for size in ("tiny", "qwen3-1.7b", "7b")] == [2, 28, 4]
+    for size in ("qwen3-1.7b", "7b"):
+        layers = grpo_step.checked_layers(size)
+        model = random_model(size, torch.device("meta"), torch.float32, layers)
+        assert len(model.model.layers) == layers
+        assert sum(p.nbytes for p in model.parameters()) < grpo_step.REFERENCE_BYTES + 2**20, "norms beside"
 
 
 def test_a_soak_tells_what_grows_after_its_warm_up():

@@ -110,7 +110,7 @@ LARGE_CORES = [{"form": "core"} | more for more in ({}, {"train_core": "large"},
 
 
 @pytest.mark.parametrize("axis", ["in", "out"])
-@pytest.mark.parametrize("settings", [{}, *LARGE_CORES], ids=str)
+@pytest.mark.parametrize("settings", [{}, *LARGE_CORES, {"form": "core", "quantize_core": "nf4"}], ids=str)
 def test_tensors_made_on_the_meta_device_are_filled_by_a_checkpoint(settings, axis):
     model = adapted(mlp(), block_axis=axis, **settings)
     with torch.device("meta"):

@@ -110,6 +110,63 @@ def test_qfura_in_nf4_trains():
     assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
+# ---- the layer as a CUDA graph, in its benchmark
+
+
+def layer_settings(tokens):
+    from fura_rl.benchmark.measure import Settings
+
+    return Settings(
+        device=torch.device("cuda"), dtype=torch.bfloat16, shapes=((768, 1024),), tokens=(tokens,), repeats=3,
+        seconds=0.1, sizes=(), model="tiny",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", [FEW, MANY])
+def test_a_replayed_graph_computes_the_gradients_of_a_step(tokens):
+    from fura_rl.benchmark import graphed, layer
+
+    contenders = layer.moved_contenders(layer_settings(tokens), (768, 1024))
+    for name in ("frozen", "fura", "lora", "paper"):
+        x = torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        grad = torch.randn(tokens, 768, device="cuda", dtype=torch.bfloat16)
+        gradients, kept = layer.gradients_of(contenders[name], x, grad), []
+
+        def call(gradients=gradients, kept=kept):
+            kept[:] = gradients()
+
+        graph = graphed.capture(call, x.device)
+        with torch.no_grad():
+            x.normal_()
+            grad.normal_()
+        graph.replay()
+        for replayed, eager in zip(kept, gradients(), strict=True):
+            assert relative_error(replayed, eager) < 1e-2, name
+
+
+def test_what_cannot_be_captured_has_an_empty_cell_and_harms_nothing_after_it(monkeypatch, capsys):
+    from fura_rl.benchmark import contenders, layer
+
+    forward = contenders.PaperLayer.forward
+
+    def reads_a_number(self, x):
+        y = forward(self, x) + 0 * torch.rand_like(x[:, :1])  # the capture has the generator by then
+        y.sum().item()
+        return y
+
+    monkeypatch.setattr(contenders.PaperLayer, "forward", reads_a_number)
+    stream = torch.cuda.current_stream()
+    for _ in range(2):
+        rows = {row["layer"]: row for row in layer.run(layer_settings(FEW))}
+        assert "paper has no time as a CUDA graph" in capsys.readouterr().out
+        assert rows["paper"]["graph_step_ms"] is rows["paper"]["fura_graph_ratio"] is None
+        assert rows["paper"]["step_ms"] > 0
+        assert rows["fura"]["fura_graph_ratio"] == 1.0
+        assert rows["frozen"]["graph_step_ms"] > 0
+        assert torch.cuda.current_stream() == stream
+        assert torch.randn(8, device="cuda").isfinite().all(), "the generator must not be left in the capture"
+
+
 # ---- an engine beside the policy
 
 

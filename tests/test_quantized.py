@@ -10,6 +10,7 @@ from torch import nn
 
 from fura_rl import FuraConfig
 from fura_rl.adapters.fura_tuner import fura_layers
+from fura_rl.adapters.large_core import LargeCore
 from fura_rl.adapters.quantized import dequantized_weight, keep_layout
 from fura_rl.sync.fold import folded_weight
 
@@ -213,6 +214,54 @@ def test_qfura_saves_loads_merges_and_unloads(tmp_path):
     merged = model.merge_and_unload()
     assert type(merged[0]) is nn.Linear
     assert relative_error(merged(x), expected) < 1e-4
+
+
+def qfura(base, **settings):
+    return adapted(copy.deepcopy(base), form="core", quantize_core="nf4", **settings)
+
+
+@pytest.mark.parametrize("axis", ["in", "out"])
+def test_qfura_on_the_meta_device_is_filled_by_the_whole_models_state(axis, tmp_path):
+    model = qfura(plain(), block_axis=axis)
+    with torch.device("meta"):
+        empty = qfura(plain(), block_axis=axis)
+    shapes = [{name: (p.shape, p.dtype) for name, p in m.named_parameters()} for m in (model, empty)]
+    assert shapes[0] == shapes[1]
+    empty.load_state_dict(model.state_dict(), assign=True)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(plain().to("meta"), tmp_path, is_trainable=True, low_cpu_mem_usage=True)
+    loaded.load_state_dict(model.state_dict(), assign=True)
+    x = torch.randn(7, 128)
+    for filled in (empty, loaded):
+        assert torch.equal(filled(x), model(x))
+        filled(x).square().sum().backward()
+    assert relative_error(empty.merge_and_unload()(x), model(x)) < 1e-4
+
+
+def test_qfura_takes_the_scales_that_its_codes_were_saved_with():
+    model, other = qfura(plain()), qfura(nn.Sequential(*(nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 64, bias=False))))
+    x = torch.randn(7, 128)
+    assert relative_error(other(x), model(x)) > 0.1
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x), model(x))
+
+
+def test_qfura_says_what_a_state_dict_lacks():
+    def on_meta():
+        with torch.device("meta"):
+            return qfura(plain())
+
+    state = qfura(plain()).state_dict()
+    no_scales = {name: tensor for name, tensor in state.items() if ".base_layer.weight." not in name}
+    dense = adapted(plain(), form="core").state_dict()
+    needed = r"0\.base_layer\.weight: quantize_core='nf4' needs 4-bit codes with values and their scales"
+    for lacking in (no_scales, dense, on_meta().state_dict()):
+        with pytest.raises(RuntimeError, match=needed) as error:
+            on_meta().load_state_dict(lacking, assign=True)
+        assert "size mismatch" not in str(error.value)
+    saved = LargeCore(torch.randn(64, 128), None, "nf4").state_dict()
+    with pytest.raises(RuntimeError, match=r"large core has shape \(64, 128\), the one here \(128, 64\)"):
+        LargeCore(torch.randn(128, 64), None, "nf4").load_state_dict(saved)
 
 
 def test_bits_per_weight_of_nf4():

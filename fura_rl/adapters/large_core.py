@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from fura_rl.adapters.quantized import nf4_dense, nf4_linear, nf4_parameter
+from fura_rl.adapters.quantized import nf4_dense, nf4_from_saved, nf4_linear, nf4_parameter, nf4_scales
 
 
 class LargeCore(nn.Module):
@@ -17,7 +19,7 @@ class LargeCore(nn.Module):
     def __init__(self, weight: torch.Tensor, bias: nn.Parameter | None, quantize: str | None) -> None:
         super().__init__()
         self.quantize = quantize
-        self.compute_dtype = weight.dtype
+        self.compute_dtype, self.shape = weight.dtype, weight.shape
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)
         self.replace(weight)
@@ -39,3 +41,38 @@ class LargeCore(nn.Module):
         weight = weight.to(self.compute_dtype)
         frozen = nf4_parameter(weight) if self.quantize else nn.Parameter(weight, requires_grad=False)
         self._parameters["weight"] = frozen
+
+    # ---- the state dict of the whole model: 4-bit codes are nothing without the scales they were made with
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.quantize:
+            scales = nf4_scales(self.weight)
+            destination.update({f"{prefix}weight.{name}": tensor for name, tensor in scales.items()})
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        key, assign = f"{prefix}weight", local_metadata.get("assign_to_params_buffers", False)
+        if self.quantize and key in state_dict:
+            names = [name for name in state_dict if name.startswith(f"{key}.")]
+            scales = {name.removeprefix(f"{key}."): state_dict.pop(name) for name in names}
+            codes, error_messages = state_dict[key], args[-1]
+            if not scales or codes.is_meta:
+                error_messages.append(
+                    f"{key}: quantize_core='nf4' needs 4-bit codes with values and their scales ({key}.absmax, ...); "
+                    "load the state_dict() of a model with quantize_core='nf4' that is not on the meta device, or "
+                    "make this model on a device and load the adapter file alone"
+                )
+                return
+            loaded = nf4_from_saved(codes, scales, codes.device if assign else self.weight.device)
+            if loaded.quant_state.shape != self.shape:
+                error_messages.append(
+                    f"{key}: the saved large core has shape {tuple(loaded.quant_state.shape)}, the one here "
+                    f"{tuple(self.shape)}; quantize_core='nf4' needs the block settings that it was saved with"
+                )
+                return
+            state_dict[key] = loaded
+            if not assign:
+                self.weight.quant_state = loaded.quant_state
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)

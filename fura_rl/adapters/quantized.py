@@ -13,6 +13,8 @@ from torch import nn
 def nf4_parameter(weight: torch.Tensor) -> nn.Parameter:
     """`weight` in NF4 with double quantization (QLoRA, arXiv 2305.14314): 4.127 bits a number.
 
+    Of a weight without values (meta device) codes of the right shape and no scales; `nf4_from_saved` makes the rest.
+
     Raises:
         ImportError: where bitsandbytes is not installed.
     """
@@ -20,10 +22,24 @@ def nf4_parameter(weight: torch.Tensor) -> nn.Parameter:
         import bitsandbytes as bnb
     except ImportError as error:
         raise ImportError("quantize_core='nf4' needs bitsandbytes: pip install bitsandbytes") from error
-    parameter = bnb.nn.Params4bit(
-        weight.contiguous(), requires_grad=False, quant_type="nf4", compress_statistics=True, blocksize=64
-    )
+    options = {"requires_grad": False, "quant_type": "nf4", "compress_statistics": True, "blocksize": 64}
+    if weight.device.type == "meta":
+        codes = weight.new_empty((weight.numel() + 1) // 2, 1, dtype=torch.uint8)  # two to a byte
+        return bnb.nn.Params4bit(codes, bnb_quantized=True, **options)
+    parameter = bnb.nn.Params4bit(weight.contiguous(), **options)
     return parameter.to(weight.device)  # bitsandbytes quantizes at the move to a device
+
+
+def nf4_scales(weight: nn.Parameter) -> dict[str, torch.Tensor]:
+    """What the codes of an NF4 tensor need beside them to be numbers, as bitsandbytes saves it; none on meta."""
+    return {} if weight.quant_state is None else weight.quant_state.as_dict(packed=True)
+
+
+def nf4_from_saved(codes: torch.Tensor, scales: dict[str, torch.Tensor], device: torch.device) -> nn.Parameter:
+    """The NF4 tensor of saved codes and `nf4_scales`."""
+    import bitsandbytes as bnb
+
+    return bnb.nn.Params4bit.from_prequantized(codes.as_subclass(torch.Tensor), dict(scales), device=device)
 
 
 def nf4_linear(x: torch.Tensor, weight: nn.Parameter) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """One whole GRPO step on a random model: generate, score, backward, AdamW; FuRA against LoRA and full fine-tuning.
 
 Rewards are drawn, not computed: what is measured is the policy's work.  Conversion of the whole model is timed as well.
+Before the timings the policy's log-probs are compared to those of a plain float32 model with the folded weights.
 """
 
 from __future__ import annotations
@@ -16,9 +17,14 @@ from fura_rl.adapters.fura_config import FuraConfig
 from fura_rl.adapters.fura_tuner import PAPER_TARGETS
 from fura_rl.benchmark import measure
 from fura_rl.benchmark.measure import Settings
-from fura_rl.benchmark.models import random_model
+from fura_rl.benchmark.models import SIZES, projection_shapes, random_model, tied
+from fura_rl.sync.fold import checkpoint_weights
 
 PROMPTS, ROLLOUTS = 2, 4
+REFERENCE_BYTES = 8 * 2**30  # of the float32 model: all of Qwen3-1.7B, the first 4 decoder layers of a 7B
+# RMS gap in nats.  With random weights rounding gives 4e-7 in float32 and 4e-4 in float16 (3m), 1e-2 in bfloat16
+# (Qwen3-0.6B); leaving the adapter out gives 2e-2 (tiny), 0.1 (3m) and 0.3 (Qwen3-0.6B).
+LOGPROB_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
 def run(settings: Settings) -> list[dict[str, Any]]:
@@ -61,13 +67,16 @@ def measure_method(settings: Settings, method: str) -> dict[str, Any]:
     def train(sequences: torch.Tensor) -> None:
         rewards = torch.rand(PROMPTS, ROLLOUTS, device=settings.device)
         advantages = (rewards - rewards.mean(1, keepdim=True)).flatten()
-        logits = policy(input_ids=sequences, logits_to_keep=length + 1).logits[:, :-1]
-        logprobs = logits.float().log_softmax(-1).gather(-1, sequences[:, -length:, None])[..., 0]
+        logprobs = completion_logprobs(policy, sequences, length)
         (-(advantages[:, None] * logprobs).mean()).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    if method != "full":
+        move(policy)
     sequences = rollout()
+    check_logprobs(settings, method, policy, sequences[:1], length)
+    measure.release(settings.device)
     measure.synchronize(settings.device)
     started = settings.clock()
     rollout()  # timed once: it takes seconds where launches are slow
@@ -87,3 +96,67 @@ def measure_method(settings: Settings, method: str) -> dict[str, Any]:
         **times,
         "peak_gb": (held + measure.peak_bytes(lambda: train(sequences), settings.device)) / 1e9,
     }
+
+
+def completion_logprobs(model: nn.Module, sequences: torch.Tensor, length: int) -> torch.Tensor:
+    """Log-probs (sequences, length), in float32, of the last `length` tokens of each."""
+    logits = model(input_ids=sequences, logits_to_keep=length + 1).logits[:, :-1]
+    return logits.float().log_softmax(-1).gather(-1, sequences[:, -length:, None])[..., 0]
+
+
+@torch.no_grad()
+def move(policy: nn.Module) -> None:
+    """Move the adapters as training would: at their start their products are zero, and some are skipped."""
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.02 * torch.randn_like(parameter))
+
+
+# ---- the check of what is measured
+
+
+@torch.no_grad()
+def check_logprobs(settings: Settings, method: str, policy: nn.Module, sequences: torch.Tensor, length: int) -> None:
+    """The policy's log-probs against those of its folded weights in float32.
+
+    Both run the first `checked_layers` decoder layers, which of a model that fits are all.
+
+    Raises:
+        RuntimeError: where they are further apart than rounding explains.
+    """
+    layers = checked_layers(settings.model)
+    config = policy.config
+    whole, config.num_hidden_layers = config.num_hidden_layers, layers  # Qwen3's forward stops there
+    try:
+        logprobs = completion_logprobs(policy, sequences, length)
+    finally:
+        config.num_hidden_layers = whole
+    reference = float32_reference(settings, policy, layers)
+    gap = float((logprobs - completion_logprobs(reference, sequences, length)).square().mean().sqrt())
+    if not gap < LOGPROB_TOLERANCE[settings.dtype]:
+        raise RuntimeError(
+            f"{method}: log-probs of {settings.model} ({layers} of {whole} decoder layers) in {settings.dtype} are "
+            f"{gap:.2g} nats (RMS) from those of the folded weights in float32; rounding explains "
+            f"{LOGPROB_TOLERANCE[settings.dtype]:.0e}"
+        )
+
+
+def checked_layers(size: str) -> int:
+    """How many decoder layers of a model fit into REFERENCE_BYTES with the embeddings, one at least."""
+    shape = SIZES[size]
+    embeddings = shape["vocab_size"] * shape["hidden_size"] * (1 if tied(size) else 2)
+    layer = sum(rows * columns for rows, columns in projection_shapes(size))
+    return min(shape["num_hidden_layers"], max(1, (REFERENCE_BYTES // 4 - embeddings) // layer))
+
+
+@torch.no_grad()
+def float32_reference(settings: Settings, policy: nn.Module, layers: int) -> nn.Module:
+    """A plain model of the policy's first decoder layers, with its folded weights, in float32."""
+    reference = random_model(settings.model, settings.device, torch.float32, layers)
+    missing = dict(reference.named_parameters())
+    for weight in checkpoint_weights(policy):
+        if (parameter := missing.pop(weight.name, None)) is not None:
+            parameter.copy_(weight.value())
+    if missing:
+        raise RuntimeError(f"the policy has no weights for {', '.join(missing)} of its float32 reference")
+    return reference

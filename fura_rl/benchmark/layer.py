@@ -1,4 +1,8 @@
-"""One adapted linear layer: forward, forward and backward, peak memory of a training step, saved activations."""
+"""One adapted linear layer: forward, forward and backward, peak memory of a training step, saved activations.
+
+On a GPU forward and backward are also timed as a CUDA graph: where a layer is small its launches take longer than its
+kernels, and a training run may have both behind it (`torch.compile`, graphs).
+"""
 
 from __future__ import annotations
 
@@ -8,18 +12,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from fura_rl.benchmark import measure
+from fura_rl.benchmark import graphed, measure
 from fura_rl.benchmark.contenders import make_contenders, trained_numbers
 from fura_rl.benchmark.measure import Settings
 
 
 def run(settings: Settings) -> list[dict[str, Any]]:
     rows = []
+    uncaptured: set[str] = set()  # contenders that no CUDA graph takes
     for shape in settings.shapes:
         contenders = None  # made once a shape: decompositions cost more than the timings
         for _, tokens in settings.budget.units("layer", [(shape, tokens) for tokens in settings.tokens]):
             contenders = contenders or moved_contenders(settings, shape)
-            rows += compare(settings, contenders, tokens)
+            rows += compare(settings, contenders, tokens, uncaptured)
     return rows
 
 
@@ -51,7 +56,9 @@ def moved_contenders(settings: Settings, shape: tuple[int, int]) -> dict[str, nn
     return contenders
 
 
-def compare(settings: Settings, contenders: dict[str, nn.Module], tokens: int) -> list[dict[str, Any]]:
+def compare(
+    settings: Settings, contenders: dict[str, nn.Module], tokens: int, uncaptured: set[str]
+) -> list[dict[str, Any]]:
     """One row per contender; ratios are fura's median over the contender's, so below 1 fura is faster or smaller."""
     out_features, in_features = contenders["frozen"].weight.shape
     options = {"device": settings.device, "dtype": settings.dtype}
@@ -91,7 +98,25 @@ def compare(settings: Settings, contenders: dict[str, nn.Module], tokens: int) -
     for row in rows:
         row["fura_step_ratio"] = fura["step_ms"] / row["step_ms"]
         row["fura_peak_ratio"] = fura["peak_mb"] / row["peak_mb"]
+    if settings.device.type == "cuda":
+        gradients = {name: gradients_of(layer, x, grad) for name, layer in contenders.items()}
+        add_graph_times(rows, graphed.interleaved_medians(gradients, settings, uncaptured))
     return rows
+
+
+def gradients_of(layer: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """Forward and backward without `.grad`: a graph that accumulates would add to it at every replay."""
+    wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    return lambda: torch.autograd.grad(layer(x), wanted, grad, allow_unused=True)
+
+
+def add_graph_times(rows: list[dict[str, Any]], seconds: dict[str, float | None]) -> None:
+    """The columns of the times as CUDA graphs, empty (None) where fura or the contender has none."""
+    ours = seconds["fura"]
+    for row in rows:
+        theirs = seconds[row["layer"]]
+        row["graph_step_ms"] = None if theirs is None else 1e3 * theirs
+        row["fura_graph_ratio"] = None if theirs is None or ours is None else ours / theirs
 
 
 def training_bytes(layer: nn.Module, step: Callable[[], Any], device: torch.device) -> int:

@@ -54,12 +54,19 @@ def layer_shapes(size: str) -> tuple[tuple[int, int], ...]:
     return tuple(dict.fromkeys(projection_shapes(size)))
 
 
-def random_model(size: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A Qwen3 of that size with random weights."""
+def tied(size: str) -> bool:
+    """Whether the output head is the embedding, as in the released models of these sizes."""
+    return SIZES[size]["hidden_size"] < 3000
+
+
+def random_model(
+    size: str, device: torch.device, dtype: torch.dtype, decoder_layers: int | None = None
+) -> PreTrainedModel:
+    """A Qwen3 of that size with random weights; of its first `decoder_layers` only where that is given."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    tied = SIZES[size]["hidden_size"] < 3000  # as the released models of these sizes are
-    settings = {"tie_word_embeddings": tied, "max_position_embeddings": 4096} | SIZES[size]
+    settings = {"tie_word_embeddings": tied(size), "max_position_embeddings": 4096} | SIZES[size]
+    settings["num_hidden_layers"] = decoder_layers or settings["num_hidden_layers"]
     config = Qwen3Config(**settings, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     torch.manual_seed(0)
     with torch.device(device):

@@ -8,14 +8,43 @@ from typing import Any
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """Rows of equal keys as a table; floats to three significant digits."""
+    """Rows of equal keys as a table; floats to three significant digits, None as an empty cell."""
 
     def cell(value: Any) -> str:
+        if value is None:
+            return ""
         return f"{value:.3g}" if isinstance(value, float) else str(value)
 
     header = list(rows[0])
     lines = [header, ["---"] * len(header), *([cell(row[key]) for key in header] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+LAYER_NAMES = {"frozen": "frozen linear", "lora": "LoRA", "lora r=64": "LoRA r=64", "dora": "DoRA", "oft": "OFT"}
+LAYER_NAMES |= {"paper": "paper-style layer"}
+
+
+def layer_table(rows: list[dict[str, Any]], ratio: str) -> list[dict[str, Any]]:
+    """The README's layer table: a row per shape and tokens, fura's `ratio` to every contender measured.
+
+    A contender that was left out at some shape has an empty cell there.
+    """
+    contenders = [name for name in dict.fromkeys(row["layer"] for row in rows) if name != "fura"]
+    table = []
+    for shape, tokens in dict.fromkeys((row["shape"], row["tokens"]) for row in rows):
+        measured = {row["layer"]: row for row in rows if (row["shape"], row["tokens"]) == (shape, tokens)}
+        ratios = {LAYER_NAMES.get(name, name): measured.get(name, {}).get(ratio) for name in contenders}
+        peak = measured.get("lora", {}).get("fura_peak_ratio")
+        table.append({"layer": shape.replace("->", " to "), "tokens": tokens} | ratios | {"peak memory / LoRA": peak})
+    return table
+
+
+def layer_tables(rows: list[dict[str, Any]]) -> str:
+    """`layer_table` of the time on the wall and, where a GPU ran the layers as CUDA graphs, of that one."""
+    tables = {"Forward and backward of a FuRA layer over the other's": "fura_step_ratio"}
+    if "fura_graph_ratio" in rows[0]:
+        tables["The same as CUDA graphs, without the launches"] = "fura_graph_ratio"
+    return "\n\n".join(f"{title}:\n\n{markdown(layer_table(rows, ratio))}" for title, ratio in tables.items())
 
 
 def machine_line(machine: dict[str, Any]) -> str:
@@ -33,7 +62,11 @@ def write(out: Path, results: dict[str, list[dict[str, Any]]], machine: dict[str
     out.mkdir(parents=True, exist_ok=True)
     files = [out / "benchmark.json", out / "benchmark.md"]
     files[0].write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
-    sections = [machine_line(machine)] + [f"## {name}\n\n{markdown(rows)}" for name, rows in results.items() if rows]
+    sections = [machine_line(machine)]
+    for name, rows in results.items():
+        sections.append(f"## {name}\n\n{markdown(rows)}")
+        if name == "layer":
+            sections.append(layer_tables(rows))
     if machine.get("skipped"):
         sections.append("Skipped: " + "; ".join(machine["skipped"]))
     files[1].write_text("\n\n".join(sections) + "\n")
