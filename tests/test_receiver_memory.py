@@ -39,7 +39,7 @@ def test_whole_weights_are_moved_to_the_device_as_they_are_written():
     receiver.claim("trainer", 30.0, {name: tuple(weight.shape) for name, weight in weights.items()}, {})
     updates = {name: Factors("dense", {"weight": weight}) for name, weight in weights.items()}
     [chunk] = payload.encode(updates, torch.float32)
-    receiver.stage("trainer", 1, 0, 0, 1, chunk.data, chunk.crc32)
-    receiver.commit("trainer", 1)
+    receiver.stage("trainer", 1, 0, 0, chunk.data, chunk.crc32)
+    receiver.commit("trainer", 1, 1)
     assert receiver.version == 1
     assert model.beside == 1, "the last of them"

@@ -34,7 +34,6 @@ class Staged:
     """What has arrived of one version."""
 
     version: int
-    chunk_count: int
     chunks: dict[int, dict[str, Factors]] = field(default_factory=dict)
 
     @property
@@ -119,10 +118,11 @@ class Receiver:
 
     # ---- stage, validate, commit
 
-    def stage(
-        self, owner: str, version: int, previous: int | None, index: int, chunk_count: int, data: bytes, crc32: int
-    ) -> None:
+    def stage(self, owner: str, version: int, previous: int | None, index: int, data: bytes, crc32: int) -> None:
         """Keep one chunk of a version aside; nothing live is touched.  It may follow any version if `previous` is None.
+
+        Chunks are made while they are sent, so that only the commit says how many there are; the first one starts the
+        version anew.
 
         Raises:
             OwnershipError: for another owner.
@@ -134,14 +134,13 @@ class Receiver:
             raise payload.PayloadError(
                 f"version {version} was made to follow version {previous}, but this engine serves {self.version}"
             )
-        fresh = self._staged is None or (self._staged.version, self._staged.chunk_count) != (version, chunk_count)
-        if fresh:
-            self._staged, self.phases = Staged(version, chunk_count), {"stage": 0.0}
+        if index == 0 or self._staged is None or self._staged.version != version:
+            self._staged, self.phases = Staged(version), {"stage": 0.0}
         self._staged.chunks[index] = payload.decode(data, crc32)
         self.phases["stage"] += time.monotonic() - started
 
-    def commit(self, owner: str, version: int, rounding_seed: int | None = None) -> None:
-        """Check the staged version, then fold it into the live weights.
+    def commit(self, owner: str, version: int, chunk_count: int, rounding_seed: int | None = None) -> None:
+        """Check the staged version, of `chunk_count` chunks, then fold it into the live weights.
 
         Raises:
             OwnershipError: for another owner.
@@ -149,7 +148,7 @@ class Receiver:
         """
         self.renew(owner)
         started = time.monotonic()
-        factors = self._validate(version)
+        factors = self._validate(version, chunk_count)
         checked = time.monotonic()
         self._changed |= factors.keys()
         try:
@@ -162,13 +161,13 @@ class Receiver:
         self._applied, self._applied_seed = factors if small else None, rounding_seed
         self.phases |= {"validate": checked - started, "fold": time.monotonic() - checked}
 
-    def _validate(self, version: int) -> dict[str, Factors]:
+    def _validate(self, version: int, chunk_count: int) -> dict[str, Factors]:
         staged = self._staged
         if staged is None or staged.version != version:
             raise payload.PayloadError(f"version {version} was never staged here; send it before it is committed")
-        if missing := set(range(staged.chunk_count)) - set(staged.chunks):
+        if missing := set(range(chunk_count)) - set(staged.chunks):
             raise payload.PayloadError(
-                f"version {version} is incomplete: {len(missing)} of {staged.chunk_count} chunks did not arrive"
+                f"version {version} is incomplete: {len(missing)} of {chunk_count} chunks did not arrive"
             )
         payload.check(staged.factors, self._shapes)
         return staged.factors
