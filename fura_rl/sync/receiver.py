@@ -152,7 +152,7 @@ class Receiver:
         checked = time.monotonic()
         self._changed |= factors.keys()
         try:
-            self._write({**self._pristine(self._left_over - factors.keys()), **factors}, rounding_seed)
+            self._write(self._with_left_over(factors), rounding_seed)
         except Exception:
             self._roll_back()
             raise
@@ -172,9 +172,14 @@ class Receiver:
         payload.check(staged.factors, self._shapes)
         return staged.factors
 
-    def _pristine(self, names: set[str]) -> dict[str, Factors]:
-        """The base values of weights that another trainer has changed and the one that owns this engine does not."""
-        return {name: Factors("dense", {"weight": self.base.whole(name)}) for name in sorted(names)}
+    def _with_left_over(self, factors: Mapping[str, Factors]) -> Mapping[str, Factors]:
+        """`factors`, and the base values of weights that owners before have changed and `factors` does not."""
+        pristine = {name: functools.partial(self._pristine, name) for name in self._left_over - factors.keys()}
+        given = {name: functools.partial(factors.__getitem__, name) for name in factors}
+        return LazyFactors(dict(sorted(pristine.items())) | given)
+
+    def _pristine(self, name: str) -> Factors:
+        return Factors("dense", {"weight": self.base.whole(name)})
 
     def _write(self, factors: Mapping[str, Factors], seed: int | None) -> None:
         @functools.lru_cache(maxsize=1)  # of a stack, which is asked for once an expert
