@@ -9,7 +9,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
-from fura_rl.adapters.registry import peft_config_for
+from fura_rl.adapters.registry import METHODS, peft_config_for
 from fura_rl.sync.probe import StaleEngineError
 from fura_rl.sync.remote_engine import RemoteEngine, RemoteSyncError
 from fura_rl.sync.weight_sync import WeightSync
@@ -29,6 +29,11 @@ CASES = {
     "milora": ("milora", None, None),
     "full": ("full", None, None),
 }
+# Methods whose numbers take one of the ways above: small forms of their own first, then those that are sent whole.
+MORE_METHODS = (
+    *("svd", "hira", "oft", "rslora", "olora"),
+    *("randlora", "miss", "lora_full", "lift", "peft:LoHaConfig", "peft:LoKrConfig"),
+)
 
 
 @pytest.fixture(scope="module", params=[("tied", 1), ("untied", 2)], ids=["one worker", "two workers"])
@@ -55,7 +60,7 @@ def engine_process(request, tmp_path_factory):
 
 
 def make_policy(folder, case):
-    adapter, adapter_kwargs, targets = CASES[case]
+    adapter, adapter_kwargs, targets = CASES.get(case, (case, None, None))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config = peft_config_for(adapter, ModelConfig(), targets, adapter_kwargs)
     return model if config is None else get_peft_model(model, config)
@@ -76,6 +81,27 @@ def test_every_method_arrives_whole_in_every_worker(engine_process, case):
     if case == "fura":
         assert report.payload_bytes < 0.15 * report.dense_bytes
     engine.close()
+
+
+@pytest.mark.parametrize("adapter", MORE_METHODS)
+def test_the_other_methods_arrive_too(engine_process, adapter):
+    transport, folder = engine_process
+    engine = RemoteEngine(transport)
+    policy = make_policy(folder, adapter)
+    sync = WeightSync(policy, engine, PROBE, probe_every=1)
+    sync.sync()
+    before = engine.prompt_logprobs(PROBE)
+    perturb_trained(policy, 0.1, seed=0)
+    report = sync.sync()
+    assert report.probe_max_gap < PARITY_NATS
+    assert report.audit_gain_min == pytest.approx(1.0, abs=0.01)
+    assert (engine.prompt_logprobs(PROBE) - before).abs().max() > 100 * PARITY_NATS, "it must move"
+    engine.close()
+
+
+def test_every_method_of_the_table_is_among_them():
+    quantized = {name for name, method in METHODS.items() if method.load_in_4bit or name == "qfura"}
+    assert METHODS.keys() - quantized <= {adapter for adapter, _, _ in CASES.values()} | {*MORE_METHODS, "pissa"}
 
 
 def test_a_policy_of_another_base_is_refused(engine_process, tmp_path):
