@@ -2,6 +2,7 @@
 
 import weakref
 
+import pytest
 import torch
 
 from fura_rl.sync import payload
@@ -38,6 +39,9 @@ class BaseWeights:
     def differences(self, samples):
         return []
 
+    def __contains__(self, name):
+        return name in self.weights
+
     def whole(self, name):
         weight = self.weights[name].clone()
         self.given.append(weakref.ref(weight))
@@ -48,8 +52,8 @@ class BaseWeights:
 WEIGHTS = {f"model.layers.{i}.mlp.up_proj.weight": torch.randn(8, 8) for i in range(16)}
 
 
-def commit(receiver, owner, weights, version):
-    receiver.claim(owner, 30.0, {name: tuple(weight.shape) for name, weight in WEIGHTS.items()}, {})
+def commit(receiver, owner, weights, version, known=WEIGHTS):
+    receiver.claim(owner, 30.0, {name: tuple(weight.shape) for name, weight in known.items()}, {})
     updates = {name: Factors("dense", {"weight": weight}) for name, weight in weights.items()}
     [chunk] = payload.encode(updates, torch.float32)
     receiver.stage(owner, version, None, 0, chunk.data, chunk.crc32)
@@ -75,3 +79,18 @@ def test_base_weights_that_a_trainer_before_has_changed_are_read_as_they_are_wri
     assert model.written == [*sorted(left_over), own]
     assert len(base.given) == len(left_over), "each is read once"
     assert base.beside == 1, "the last of them"
+
+
+def test_weights_of_another_trainer_that_the_checkpoint_does_not_hold_are_refused_with_nothing_written():
+    stack = "model.layers.0.mlp.experts.down_proj"
+    model = LiveModel()
+    receiver = Receiver(model, BaseWeights(WEIGHTS))
+    first = WEIGHTS | {stack: torch.randn(4, 8, 8)}
+    commit(receiver, "first", first, 1, first)
+    receiver.release("first")
+    model.written = ()
+    with pytest.raises(payload.PayloadError, match=rf"{stack}: 1 weights are still those of another trainer"):
+        commit(receiver, "second", WEIGHTS, 1, first)
+    assert model.written == ()
+    commit(receiver, "second", first, 2, first)
+    assert set(model.written) == set(first)

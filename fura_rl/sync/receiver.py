@@ -144,15 +144,17 @@ class Receiver:
 
         Raises:
             OwnershipError: for another owner.
-            PayloadError: where it is incomplete, misshapen or not finite; the weights are those of before.
+            PayloadError: where it is incomplete, misshapen or not finite, or leaves weights of another trainer that
+                cannot be put back; the weights are those of before.
         """
         self.renew(owner)
         started = time.monotonic()
         factors = self._validate(version, chunk_count)
         checked = time.monotonic()
+        updates = self._with_left_over(factors)
         self._changed |= factors.keys()
         try:
-            self._write(self._with_left_over(factors), rounding_seed)
+            self._write(updates, rounding_seed)
         except Exception:
             self._roll_back()
             raise
@@ -173,10 +175,20 @@ class Receiver:
         return staged.factors
 
     def _with_left_over(self, factors: Mapping[str, Factors]) -> Mapping[str, Factors]:
-        """`factors`, and the base values of weights that owners before have changed and `factors` does not."""
-        pristine = {name: functools.partial(self._pristine, name) for name in self._left_over - factors.keys()}
+        """`factors`, and the base values of weights that owners before have changed and `factors` does not.
+
+        Raises:
+            PayloadError: where the checkpoint does not hold one of those as one tensor (experts, stacked by a policy).
+        """
+        left_over = sorted(self._left_over - factors.keys())
+        if lost := [name for name in left_over if name not in self.base]:
+            raise payload.PayloadError(
+                f"{', '.join(lost[:4])}: {len(lost)} weights are still those of another trainer, and the engine cannot "
+                "read them back, since its checkpoint holds them under other names; start the engine again"
+            )
+        pristine = {name: functools.partial(self._pristine, name) for name in left_over}
         given = {name: functools.partial(factors.__getitem__, name) for name in factors}
-        return LazyFactors(dict(sorted(pristine.items())) | given)
+        return LazyFactors(pristine | given)
 
     def _pristine(self, name: str) -> Factors:
         return Factors("dense", {"weight": self.base.whole(name)})
