@@ -120,7 +120,7 @@ def served(sync: WeightSync) -> dict[str, Any]:
     """What was sent last, and what the engine makes of it."""
     spans = {name: [(0, weight.shape[0])] for name, weight in sync.weights.items() if len(weight.shape) == 2}
     return {
-        "payload": [chunk.data for chunk in sync.engine._last.chunks],
+        "payload": [chunk.data for chunk in sync.engine._last.kept],
         "logprobs": sync.engine.prompt_logprobs(TOKENS),
         "replies": {name: reply.output for name, reply in sync.engine.kernel_replies(spans)[0].items()},
     }

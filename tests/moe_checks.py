@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from conftest import PARITY_NATS, perturb_trained, start_llm
+from conftest import PARITY_NATS, make_moe_checkpoint, perturb_trained, start_llm
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
 from fura_rl.adapters.registry import peft_config_for
-from fura_rl.quickstart import BASE_MODEL
 from fura_rl.sync import probe, vllm_model
 from fura_rl.sync.factors import Factors
 from fura_rl.sync.vllm_engine import InProcessEngine
@@ -26,22 +25,7 @@ def adapted(folder, adapter):
 
 @pytest.fixture(scope="module")
 def moe(tmp_path_factory):
-    """Two layers of eight experts; transformers holds them stacked, the checkpoint one by one."""
-    folder = tmp_path_factory.mktemp("moe")
-    tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)
-    tokenizer.save_pretrained(folder)
-    config = Qwen3MoeConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, moe_intermediate_size=64,
-        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32, num_experts=8,
-        num_experts_per_tok=2, tie_word_embeddings=False, max_position_embeddings=256,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = Qwen3MoeForCausalLM(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and "embed" not in name:
-                parameter.mul_(4.0)
-    model.save_pretrained(folder)
+    folder = make_moe_checkpoint(tmp_path_factory.mktemp("moe"))
     return InProcessEngine(start_llm(folder)), folder
 
 

@@ -16,6 +16,7 @@ from fura_rl import FuraConfig
 from fura_rl.adapters.registry import find_method, peft_config_for
 from fura_rl.config import DATACLASSES, parse_arguments, resolve_model
 from fura_rl.grpo_config import FuraGRPOConfig
+from fura_rl.run import prepare_run
 from fura_rl.trainer_settings import check_settings
 from fura_rl.validation import CHOICES, RULES, TOGETHER
 
@@ -73,6 +74,19 @@ def test_target_modules_that_match_nothing(tmp_path):
     )
     assert "query_key_value" in error
     assert "not found" in error
+
+
+def test_an_adapter_on_the_embedding_of_a_model_whose_head_is_tied_to_it(tmp_path, monkeypatch):
+    def started(**settings):
+        raise AssertionError("the engine was started")
+
+    monkeypatch.setattr("vllm.LLM", started)
+    options = ["--adapter", "lora", "--adapter_target_modules", "q_proj", "embed_tokens", "--output_dir", str(tmp_path)]
+    with pytest.raises(
+        NotImplementedError,
+        match=r"an adapter on model\.embed_tokens, but tie_word_embeddings.* Leave embed_tokens out of target_modules",
+    ):
+        prepare_run(parse_arguments(options, default_config=QUICKSTART))
 
 
 def test_a_batch_that_does_not_divide_into_groups(tmp_path):

@@ -1,15 +1,16 @@
 """Factored sync into engines in other processes: one worker, and two that share every layer (tensor parallelism)."""
 
 import os
+from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import PARITY_NATS, make_tiny_checkpoint, perturb_trained
-from peft import get_peft_model
+from conftest import PARITY_NATS, make_moe_checkpoint, make_tiny_checkpoint, perturb_trained
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
-from fura_rl.adapters.registry import peft_config_for
+from fura_rl.adapters.registry import METHODS, peft_config_for
 from fura_rl.sync.probe import StaleEngineError
 from fura_rl.sync.remote_engine import RemoteEngine, RemoteSyncError
 from fura_rl.sync.weight_sync import WeightSync
@@ -29,34 +30,47 @@ CASES = {
     "milora": ("milora", None, None),
     "full": ("full", None, None),
 }
+# Methods whose numbers take one of the ways above: small forms of their own first, then those that are sent whole.
+MORE_METHODS = (
+    *("svd", "hira", "oft", "rslora", "olora"),
+    *("randlora", "miss", "lora_full", "lift", "peft:LoHaConfig", "peft:LoKrConfig"),
+)
 
 
 @pytest.fixture(scope="module", params=[("tied", 1), ("untied", 2)], ids=["one worker", "two workers"])
 def engine_process(request, tmp_path_factory):
-    from vllm import LLM
-
-    from fura_rl.sync.vllm_engine import ProcessTransport, factored_sync_settings
-
     kind, workers = request.param
     if workers > (os.cpu_count() or 1):
         pytest.skip(f"{workers} workers need as many cores")
     folder = make_tiny_checkpoint(tmp_path_factory.mktemp(kind), tied=kind == "tied")
+    with running(folder, workers=workers, worker_extension_cls="forgetful_worker.ForgetfulWorker") as transport:
+        yield transport, folder
+
+
+@contextmanager
+def running(folder, dtype="float32", workers=1, **options):
+    """A small engine in processes of its own."""
+    from vllm import LLM
+
+    from fura_rl.sync.vllm_engine import ProcessTransport, factored_sync_settings
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
         if workers > 1:  # vLLM wants a memory node for each worker, or their cores by hand
             patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, range(workers))))
         llm = LLM(
-            str(folder), dtype="float32", enforce_eager=True, kv_cache_memory_bytes=64 * 2**20, max_model_len=128,
-            disable_log_stats=True, tensor_parallel_size=workers,
-            **factored_sync_settings() | {"worker_extension_cls": "forgetful_worker.ForgetfulWorker"},
+            str(folder), dtype=dtype, enforce_eager=True, kv_cache_memory_bytes=64 * 2**20, max_model_len=128,
+            disable_log_stats=True, tensor_parallel_size=workers, **factored_sync_settings() | options,
         )  # fmt: skip
-    yield ProcessTransport(llm), folder
-    llm.llm_engine.engine_core.shutdown()
+    try:
+        yield ProcessTransport(llm)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
 
 
-def make_policy(folder, case):
-    adapter, adapter_kwargs, targets = CASES[case]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def make_policy(folder, case, dtype=torch.float32):
+    adapter, adapter_kwargs, targets = CASES.get(case, (case, None, None))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     config = peft_config_for(adapter, ModelConfig(), targets, adapter_kwargs)
     return model if config is None else get_peft_model(model, config)
 
@@ -76,6 +90,27 @@ def test_every_method_arrives_whole_in_every_worker(engine_process, case):
     if case == "fura":
         assert report.payload_bytes < 0.15 * report.dense_bytes
     engine.close()
+
+
+@pytest.mark.parametrize("adapter", MORE_METHODS)
+def test_the_other_methods_arrive_too(engine_process, adapter):
+    transport, folder = engine_process
+    engine = RemoteEngine(transport)
+    policy = make_policy(folder, adapter)
+    sync = WeightSync(policy, engine, PROBE, probe_every=1)
+    sync.sync()
+    before = engine.prompt_logprobs(PROBE)
+    perturb_trained(policy, 0.1, seed=0)
+    report = sync.sync()
+    assert report.probe_max_gap < PARITY_NATS
+    assert report.audit_gain_min == pytest.approx(1.0, abs=0.01)
+    assert (engine.prompt_logprobs(PROBE) - before).abs().max() > 100 * PARITY_NATS, "it must move"
+    engine.close()
+
+
+def test_every_method_of_the_table_is_among_them():
+    quantized = {name for name, method in METHODS.items() if method.load_in_4bit or name == "qfura"}
+    assert METHODS.keys() - quantized <= {adapter for adapter, _, _ in CASES.values()} | {*MORE_METHODS, "pissa"}
 
 
 def test_a_policy_of_another_base_is_refused(engine_process, tmp_path):
@@ -117,3 +152,48 @@ def test_a_sync_that_is_dropped_is_named_by_the_audit(engine_process, monkeypatc
         sync.sync()
     monkeypatch.undo()
     engine.close()
+
+
+EXPERTS = LoraConfig(
+    task_type="CAUSAL_LM", r=4, target_modules=["q_proj"],
+    target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+)  # fmt: skip
+
+
+def test_a_mixture_of_experts_in_another_process_follows_one_trainer_after_another(tmp_path):
+    """The last of them would leave the experts of the one before, which the checkpoint does not hold stacked."""
+    folder = make_moe_checkpoint(tmp_path / "moe")
+    attention = peft_config_for("fura", ModelConfig(), ["q_proj", "k_proj", "v_proj", "o_proj"], None)
+    with running(folder) as transport:
+        for config in (attention, EXPERTS):
+            engine = RemoteEngine(transport)
+            policy = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config)
+            sync = WeightSync(policy, engine, PROBE, probe_every=1)
+            for step in range(2):
+                before = engine.prompt_logprobs(PROBE)
+                perturb_trained(policy, 0.1, seed=step)
+                report = sync.sync()
+                assert report.probe_max_gap < PARITY_NATS
+                assert (engine.prompt_logprobs(PROBE) - before).abs().max() > 100 * PARITY_NATS, "it must move"
+            assert report.audit_gain_min == pytest.approx(1.0, abs=0.02)
+            engine.close()
+        policy = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), attention)
+        sync = WeightSync(policy, RemoteEngine(transport), PROBE)
+        with pytest.raises(RemoteSyncError, match=r"experts\.down_proj.* 4 weights are still those of another trainer"):
+            sync.sync()
+
+
+def test_an_fp8_engine_in_another_process_is_requantized_from_its_own_checkpoint(tmp_path):
+    folder = make_tiny_checkpoint(tmp_path / "model", tied=False, dtype=torch.bfloat16)
+    with running(folder, "bfloat16", quantization="fp8_per_channel") as transport:
+        engine = RemoteEngine(transport)
+        policy = make_policy(folder, "fura", torch.bfloat16)
+        sync = WeightSync(policy, engine, PROBE, probe_every=1, probe_tolerance=2.0)
+        floor = sync.sync().probe_max_gap
+        before = engine.prompt_logprobs(PROBE)
+        perturb_trained(policy, 4.0, seed=1)
+        report = sync.sync()
+        assert report.probe_max_gap < 3 * floor
+        assert (engine.prompt_logprobs(PROBE) - before).abs().max() > 3 * report.probe_max_gap, "it must move"
+        assert report.audit_gain_min == pytest.approx(1.0, abs=0.3)
+        engine.close()

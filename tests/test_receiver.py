@@ -68,12 +68,13 @@ class Trainer:
     def chunks(self, factors=None):
         return list(payload.encode(self.factors() if factors is None else factors, torch.float32))
 
-    def stage(self, version, chunks, previous=None, owner=None, count=None):
+    def stage(self, version, chunks, previous=None, owner=None):
         previous = self.receiver.version if previous is None else previous
         for index, chunk in enumerate(chunks):
-            self.receiver.stage(
-                owner or self.owner, version, previous, index, count or len(chunks), chunk.data, chunk.crc32
-            )
+            self.receiver.stage(owner or self.owner, version, previous, index, chunk.data, chunk.crc32)
+
+    def commit(self, version, count=1):
+        self.receiver.commit(self.owner, version, count)
 
     def logprobs(self):
         self.engine.llm.reset_prefix_cache()
@@ -85,7 +86,7 @@ def trainer(engine):
     trainer = Trainer(*engine)
     trainer.claim()
     trainer.stage(1, trainer.chunks())
-    trainer.receiver.commit("trainer", 1)  # the base model's weights, whatever the test before left
+    trainer.commit(1)  # the base model's weights, whatever the test before left
     perturb_trained(trainer.policy, 0.2, seed=0)
     return trainer
 
@@ -101,7 +102,7 @@ def test_a_committed_version_is_what_the_engine_serves_and_staging_alone_changes
     before = trainer.logprobs()
     trainer.stage(2, trainer.chunks())
     assert torch.equal(trainer.logprobs(), before)
-    trainer.receiver.commit("trainer", 2)
+    trainer.commit(2)
     assert (trainer.logprobs() - expected(trainer.policy)).abs().max() < 1e-5
     assert trainer.receiver.status()["version"] == 2
 
@@ -109,7 +110,7 @@ def test_a_committed_version_is_what_the_engine_serves_and_staging_alone_changes
 def test_a_commit_is_idempotent_and_starts_from_the_pristine_base(trainer):
     for version in (2, 3, 3):
         trainer.stage(version, trainer.chunks())
-        trainer.receiver.commit("trainer", version)
+        trainer.commit(version)
         assert (trainer.logprobs() - expected(trainer.policy)).abs().max() < 1e-5
 
 
@@ -140,7 +141,7 @@ def test_a_bad_payload_is_refused_by_name_with_the_live_weights_untouched(traine
     before = trainer.logprobs()
     trainer.stage(2, trainer.chunks(spoil(trainer.factors())))
     with pytest.raises(PayloadError, match=message):
-        trainer.receiver.commit("trainer", 2)
+        trainer.commit(2)
     assert torch.equal(trainer.logprobs(), before)
     assert trainer.receiver.version == 1
 
@@ -150,13 +151,13 @@ def test_damage_gaps_and_wrong_order_are_refused(trainer):
     damaged = payload.Chunk(chunk.data[:-1] + b"\x01", chunk.crc32)
     with pytest.raises(PayloadError, match="checksum differs"):
         trainer.stage(2, [damaged])
-    trainer.stage(2, [chunk], count=2)
+    trainer.stage(2, [chunk])
     with pytest.raises(PayloadError, match="1 of 2 chunks did not arrive"):
-        trainer.receiver.commit("trainer", 2)
+        trainer.commit(2, count=2)
     with pytest.raises(PayloadError, match="made to follow version 7, but this engine serves 1"):
         trainer.stage(8, [chunk], previous=7)
     with pytest.raises(PayloadError, match="version 9 was never staged"):
-        trainer.receiver.commit("trainer", 9)
+        trainer.commit(9)
 
 
 def test_an_entry_that_no_rule_knows_is_refused():
@@ -174,7 +175,7 @@ def test_a_second_trainer_is_refused_until_the_lease_ends(trainer):
     time.sleep(0.25)
     trainer.claim(owner="other")
     with pytest.raises(OwnershipError, match="belongs to trainer other"):
-        trainer.receiver.commit("trainer", 2)
+        trainer.commit(2)
     trainer.receiver.release("other")
     trainer.claim()
 
@@ -186,7 +187,7 @@ def test_another_base_model_is_refused_by_name(trainer):
 
 def test_a_commit_that_fails_half_way_is_undone(trainer, monkeypatch):
     trainer.stage(2, trainer.chunks())
-    trainer.receiver.commit("trainer", 2)
+    trainer.commit(2)
     before = trainer.logprobs()
     perturb_trained(trainer.policy, 0.2, seed=1)
     trainer.stage(3, trainer.chunks())
@@ -200,7 +201,7 @@ def test_a_commit_that_fails_half_way_is_undone(trainer, monkeypatch):
 
     monkeypatch.setattr(model, "_write_module", fail_once)
     with pytest.raises(MemoryError):
-        trainer.receiver.commit("trainer", 3)
+        trainer.commit(3)
     assert model.poisoned is None
     assert trainer.receiver.version == 2
     assert torch.allclose(trainer.logprobs(), before, atol=1e-6)
@@ -215,11 +216,11 @@ def test_a_commit_that_cannot_be_undone_leaves_the_engine_refusing_to_generate(t
 
     monkeypatch.setattr(model, "_write_module", fail)
     with pytest.raises(MemoryError):
-        trainer.receiver.commit("trainer", 2)
+        trainer.commit(2)
     assert "interrupted" in trainer.receiver.status()["poisoned"]
     monkeypatch.undo()
     trainer.stage(2, trainer.chunks())
-    trainer.receiver.commit("trainer", 2)
+    trainer.commit(2)
     assert (trainer.logprobs() - expected(trainer.policy)).abs().max() < 1e-5
 
 

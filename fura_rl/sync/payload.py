@@ -28,7 +28,7 @@ class Chunk:
 
 
 def encode(updates: Mapping[str, Factors], engine_dtype: torch.dtype) -> Iterator[Chunk]:
-    """`updates` in chunks of about CHUNK_BYTES; a tensor is made, packed and dropped before the next is asked for."""
+    """`updates` in chunks of about CHUNK_BYTES, each made when it is asked for; of the one before nothing is held."""
     packed: dict[str, torch.Tensor] = {}
     size = 0
     for name in updates:
@@ -38,8 +38,9 @@ def encode(updates: Mapping[str, Factors], engine_dtype: torch.dtype) -> Iterato
             packed[SEPARATOR.join((name, factors.rule, part))] = tensor
             size += tensor.nbytes
         if size >= CHUNK_BYTES:
+            del factors, tensor
             yield make_chunk(packed)
-            packed, size = {}, 0
+            size = 0
     if packed:
         yield make_chunk(packed)
 
@@ -56,7 +57,9 @@ def wire_dtype(rule: str, tensor: torch.Tensor, engine_dtype: torch.dtype) -> to
 
 
 def make_chunk(tensors: dict[str, torch.Tensor]) -> Chunk:
+    """`tensors` as bytes; empties the dict, since whoever asks for a chunk goes on holding it for a while."""
     data = save(tensors)
+    tensors.clear()
     return Chunk(data, zlib.crc32(data))
 
 

@@ -34,7 +34,6 @@ class Staged:
     """What has arrived of one version."""
 
     version: int
-    chunk_count: int
     chunks: dict[int, dict[str, Factors]] = field(default_factory=dict)
 
     @property
@@ -119,10 +118,11 @@ class Receiver:
 
     # ---- stage, validate, commit
 
-    def stage(
-        self, owner: str, version: int, previous: int | None, index: int, chunk_count: int, data: bytes, crc32: int
-    ) -> None:
+    def stage(self, owner: str, version: int, previous: int | None, index: int, data: bytes, crc32: int) -> None:
         """Keep one chunk of a version aside; nothing live is touched.  It may follow any version if `previous` is None.
+
+        Chunks are made while they are sent, so that only the commit says how many there are; the first one starts the
+        version anew.
 
         Raises:
             OwnershipError: for another owner.
@@ -134,26 +134,27 @@ class Receiver:
             raise payload.PayloadError(
                 f"version {version} was made to follow version {previous}, but this engine serves {self.version}"
             )
-        fresh = self._staged is None or (self._staged.version, self._staged.chunk_count) != (version, chunk_count)
-        if fresh:
-            self._staged, self.phases = Staged(version, chunk_count), {"stage": 0.0}
+        if index == 0 or self._staged is None or self._staged.version != version:
+            self._staged, self.phases = Staged(version), {"stage": 0.0}
         self._staged.chunks[index] = payload.decode(data, crc32)
         self.phases["stage"] += time.monotonic() - started
 
-    def commit(self, owner: str, version: int, rounding_seed: int | None = None) -> None:
-        """Check the staged version, then fold it into the live weights.
+    def commit(self, owner: str, version: int, chunk_count: int, rounding_seed: int | None = None) -> None:
+        """Check the staged version, of `chunk_count` chunks, then fold it into the live weights.
 
         Raises:
             OwnershipError: for another owner.
-            PayloadError: where it is incomplete, misshapen or not finite; the weights are those of before.
+            PayloadError: where it is incomplete, misshapen or not finite, or leaves weights of another trainer that
+                cannot be put back; the weights are those of before.
         """
         self.renew(owner)
         started = time.monotonic()
-        factors = self._validate(version)
+        factors = self._validate(version, chunk_count)
         checked = time.monotonic()
+        updates = self._with_left_over(factors)
         self._changed |= factors.keys()
         try:
-            self._write({**self._pristine(self._left_over - factors.keys()), **factors}, rounding_seed)
+            self._write(updates, rounding_seed)
         except Exception:
             self._roll_back()
             raise
@@ -162,20 +163,35 @@ class Receiver:
         self._applied, self._applied_seed = factors if small else None, rounding_seed
         self.phases |= {"validate": checked - started, "fold": time.monotonic() - checked}
 
-    def _validate(self, version: int) -> dict[str, Factors]:
+    def _validate(self, version: int, chunk_count: int) -> dict[str, Factors]:
         staged = self._staged
         if staged is None or staged.version != version:
             raise payload.PayloadError(f"version {version} was never staged here; send it before it is committed")
-        if missing := set(range(staged.chunk_count)) - set(staged.chunks):
+        if missing := set(range(chunk_count)) - set(staged.chunks):
             raise payload.PayloadError(
-                f"version {version} is incomplete: {len(missing)} of {staged.chunk_count} chunks did not arrive"
+                f"version {version} is incomplete: {len(missing)} of {chunk_count} chunks did not arrive"
             )
         payload.check(staged.factors, self._shapes)
         return staged.factors
 
-    def _pristine(self, names: set[str]) -> dict[str, Factors]:
-        """The base values of weights that another trainer has changed and the one that owns this engine does not."""
-        return {name: Factors("dense", {"weight": self.base.whole(name)}) for name in sorted(names)}
+    def _with_left_over(self, factors: Mapping[str, Factors]) -> Mapping[str, Factors]:
+        """`factors`, and the base values of weights that owners before have changed and `factors` does not.
+
+        Raises:
+            PayloadError: where the checkpoint does not hold one of those as one tensor (experts, stacked by a policy).
+        """
+        left_over = sorted(self._left_over - factors.keys())
+        if lost := [name for name in left_over if name not in self.base]:
+            raise payload.PayloadError(
+                f"{', '.join(lost[:4])}: {len(lost)} weights are still those of another trainer, and the engine cannot "
+                "read them back, since its checkpoint holds them under other names; start the engine again"
+            )
+        pristine = {name: functools.partial(self._pristine, name) for name in left_over}
+        given = {name: functools.partial(factors.__getitem__, name) for name in factors}
+        return LazyFactors(pristine | given)
+
+    def _pristine(self, name: str) -> Factors:
+        return Factors("dense", {"weight": self.base.whole(name)})
 
     def _write(self, factors: Mapping[str, Factors], seed: int | None) -> None:
         @functools.lru_cache(maxsize=1)  # of a stack, which is asked for once an expert

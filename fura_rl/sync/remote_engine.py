@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import itertools
 import logging
 import os
@@ -15,11 +16,11 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 
 from fura_rl.sync import payload, probe
 from fura_rl.sync.audit import VECTORS, KernelReply
@@ -73,17 +74,86 @@ class Transport(Protocol):
     def wait_until_up(self, timeout: float) -> None: ...
 
 
-@dataclass(frozen=True)
 class Message:
-    """One version as it was sent; `chunks` is None where it was too large to keep."""
+    """One version, encoded while it is sent, so that a chunk is given up before the next is made.
 
-    version: int
-    chunks: list[payload.Chunk] | None
-    rounding_seed: int | None
+    A version of up to KEPT_BYTES is kept beside, to be sent again at any time.  A larger one is encoded anew where it
+    is sent again while its policy stands still, which it does until `settle`.
+
+    Args:
+        version: of the policy.
+        encode: makes the chunks from the policy as it is now.
+        rounding_seed: see `engine.Update`.
+    """
+
+    def __init__(self, version: int, encode: Callable[[], Iterator[payload.Chunk]], rounding_seed: int | None) -> None:
+        self.version, self.rounding_seed = version, rounding_seed
+        self.nbytes = 0  # of all chunks; known when they have been sent
+        self.encode_seconds = 0.0
+        self.kept: list[payload.Chunk] | None = []  # what has been encoded; None where it is too much
+        self._encoded_bytes = 0
+        self._encode: Callable[[], Iterator[payload.Chunk]] | None = encode
+        self._rest: Iterator[payload.Chunk] | None = encode()  # what has not been encoded; None at the end
 
     @property
-    def nbytes(self) -> int:
-        return sum(len(chunk.data) for chunk in self.chunks or ())
+    def can_be_sent(self) -> bool:
+        return self.kept is not None or self._encode is not None
+
+    def chunks(self) -> Iterator[payload.Chunk]:
+        """All chunks in order; holds none that is not kept."""
+        if self.kept is None:
+            again = self._encode()
+            while piece := self._next_of(again):
+                yield piece.pop()
+            return
+        position = 0
+        while self.kept is not None and position < len(self.kept):
+            yield self.kept[position]
+            position += 1
+        while piece := self._encode_next():
+            yield piece.pop()
+
+    def settle(self) -> None:
+        """Before the policy moves: from now on only what is kept can be sent again.
+
+        What a failure has left unencoded is encoded now where it may be kept, and where other processes gather along,
+        which wait for their counterpart in every weight.
+        """
+        while self._rest is not None and (self.kept is not None or others_gather_along()):
+            self._encode_next()
+        self._encode = self._rest = None
+
+    def _encode_next(self) -> list[payload.Chunk]:
+        """The next chunk, encoded for the first time, in a list to be emptied: a name would hold it on."""
+        if self._rest is None:
+            return []
+        try:
+            piece = self._next_of(self._rest)
+        except Exception:
+            self.kept = self._encode = self._rest = None
+            raise
+        if not piece:
+            self._rest = None
+            return []
+        self._encoded_bytes += len(piece[0].data)
+        if self._encoded_bytes > KEPT_BYTES:
+            self.kept = None
+            if others_gather_along():
+                self._encode = None
+        elif self.kept is not None:
+            self.kept.append(piece[0])
+        return piece
+
+    def _next_of(self, chunks: Iterator[payload.Chunk]) -> list[payload.Chunk]:
+        started = time.perf_counter()
+        piece = list(itertools.islice(chunks, 1))
+        self.encode_seconds += time.perf_counter() - started
+        return piece
+
+
+def others_gather_along() -> bool:
+    """Whether other processes of this trainer take part in the reading of every weight, which they do once a sync."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class RemoteEngine:
@@ -97,7 +167,7 @@ class RemoteEngine:
         self._claim: dict[str, Any] = {}
         self._pids: list[int] = []
         self._heartbeat: Heartbeat | None = None
-        self._last = Message(0, [], None)
+        self._last = Message(0, lambda: iter(()), None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -117,7 +187,7 @@ class RemoteEngine:
             "owner": self.owner,
             "lease_seconds": self.transport.lease_seconds,
             "tensors": {name: list(shape) for name, shape in tensors.items()},
-            "base_samples": dict(base_samples),
+            "base_samples": {name: sample for name, sample in base_samples.items() if sample},
         }
         lease = self.transport.lease_seconds
         deadline = time.monotonic() + (lease if lease < float("inf") else 0.0)
@@ -176,13 +246,13 @@ class RemoteEngine:
                 self.resend()
                 return
             except EngineLostError:  # a dying server answers /health for a moment
-                if self._last.chunks is None or time.monotonic() > deadline:
+                if not self._last.can_be_sent or time.monotonic() > deadline:
                     raise
             time.sleep(0.5)
 
     def resend(self) -> None:
-        """Stage and commit the last version once more, from what was kept of it."""
-        if self._last.chunks is None:
+        """Stage and commit the last version once more."""
+        if not self._last.can_be_sent:
             raise EngineLostError(
                 f"{self.transport.address} lost its weights, and whole weights are not kept to be sent again: resume "
                 "from the last checkpoint"
@@ -196,18 +266,19 @@ class RemoteEngine:
             RemoteSyncError: with what the engine refused; its weights are those of before.
             EngineLostError: where the engine is gone and does not come back in time.
         """
-        started = time.perf_counter()
-        message = Message(update.version, list(payload.encode(update.factors, self.dtype)), update.rounding_seed)
-        encoded = time.perf_counter() - started
+        encode = functools.partial(payload.encode, update.factors, self.dtype)
+        message = Message(update.version, encode, update.rounding_seed)
         before, self._last = self._last, message
         try:
             phases = self._recovering(lambda: self._deliver(message))
-        except RemoteSyncError:
+        except EngineLostError:
+            raise
+        except Exception:
             self._last = before
             raise
-        if message.nbytes > KEPT_BYTES:
-            self._last = Message(update.version, None, update.rounding_seed)
-        return Push(message.nbytes, {"fold": encoded, **phases})
+        finally:
+            message.settle()
+        return Push(message.nbytes, {"fold": message.encode_seconds, **phases})
 
     def _recovering(self, call: Callable[[], Any]) -> Any:
         """`call()`, once more where the engine was lost and came back with the last version."""
@@ -219,24 +290,25 @@ class RemoteEngine:
             return call()
 
     def _deliver(self, message: Message) -> dict[str, float]:
-        """Stage every chunk, then commit; seconds by phase."""
-        clock = [time.perf_counter()]
+        """Stage one chunk after another, then commit; seconds by phase, without those of the encoding."""
+        clock, encoded = [time.perf_counter()], message.encode_seconds
         serves = {reply["version"] for reply in self._checked("fura_status")}
         # workers that a failed commit has left at different versions follow none; one and the same fold mends them
         previous = serves.pop() if len(serves) == 1 else None
         stamp = {"owner": self.owner, "version": message.version}
-        for index, chunk in enumerate(message.chunks):
+        count = nbytes = 0
+        for chunk in message.chunks():
             with offered(chunk.data, self.transport.payload_transport) as source:
-                info = stamp | {
-                    "previous": previous, "index": index, "chunk_count": len(message.chunks),
-                    "crc32": chunk.crc32, "source": source,
-                }  # fmt: skip
-                self._checked("fura_update", info=info)
+                place = {"previous": previous, "index": count, "crc32": chunk.crc32, "source": source}
+                self._checked("fura_update", info=stamp | place)
+            count, nbytes = count + 1, nbytes + len(chunk.data)
+            del chunk, source, place  # before the next is encoded
+        message.nbytes = nbytes
         clock.append(time.perf_counter())
-        self._commit(stamp | {"commit": True, "rounding_seed": message.rounding_seed})
+        self._commit(stamp | {"commit": True, "chunk_count": count, "rounding_seed": message.rounding_seed})
         clock.append(time.perf_counter())
         stage, commit = (after - before for before, after in itertools.pairwise(clock))
-        return {"stage": stage, "commit": commit}
+        return {"stage": stage - (message.encode_seconds - encoded), "commit": commit}
 
     def _commit(self, info: dict[str, Any]) -> None:
         """Commit between two steps of the engine; workers that disagree afterwards are made to refuse to generate."""

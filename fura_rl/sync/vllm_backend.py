@@ -39,16 +39,16 @@ class FactoredInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class FactoredUpdateInfo(WeightTransferUpdateInfo):
-    """One chunk to stage (`source`), or with `commit` the version to fold in."""
+    """One chunk to stage (`source`), or with `commit` the version to fold in, of `chunk_count` chunks."""
 
     owner: str
     version: int
     previous: int | None = 0
     index: int = 0
-    chunk_count: int = 0
     crc32: int = 0
     source: dict[str, str] | None = None
     commit: bool = False
+    chunk_count: int = 0
     rounding_seed: int | None = None
 
 
@@ -75,10 +75,10 @@ class FactoredWeightTransferEngine(WeightTransferEngine[FactoredInitInfo, Factor
     def receive_weights(self, update_info: FactoredUpdateInfo) -> None:
         info = update_info
         if info.commit:
-            self.receiver.commit(info.owner, info.version, info.rounding_seed)
+            self.receiver.commit(info.owner, info.version, info.chunk_count, info.rounding_seed)
         else:
             data = read_payload(info.source or {})
-            self.receiver.stage(info.owner, info.version, info.previous, info.index, info.chunk_count, data, info.crc32)
+            self.receiver.stage(info.owner, info.version, info.previous, info.index, data, info.crc32)
 
     def finish_weight_update(self) -> None:
         """Nothing to do: the last update has committed."""

@@ -1,0 +1,150 @@
+"""The trainer's side of a sync over the wire: what it holds while it sends, and what it can send again."""
+
+import base64
+import weakref
+
+import pytest
+import torch
+
+from fura_rl.sync import payload, remote_engine
+from fura_rl.sync.engine import LazyFactors, Update
+from fura_rl.sync.factors import Factors
+from fura_rl.sync.remote_engine import EngineLostError, RemoteEngine, RemoteSyncError
+
+WEIGHTS = 12
+CHUNK = 4096  # of two weights
+
+
+class Worker:
+    """An engine that keeps what is staged and serves what is committed; `faults` are raised at a chunk, once each."""
+
+    address, payload_transport, dtype = "the engine", "inline", torch.float32
+    lease_seconds, timeout = float("inf"), 5.0
+
+    def __init__(self, faults=None):
+        self.staged, self.served, self.version = {}, {}, 0
+        self.faults = dict(faults or {})
+
+    def call(self, method, info=None, **_):
+        if method == "fura_update" and info.get("commit"):
+            assert sorted(self.staged) == list(range(info["chunk_count"]))
+            chunks = [payload.decode(*self.staged[index]) for index in sorted(self.staged)]
+            self.served, self.version = {name: f for chunk in chunks for name, f in chunk.items()}, info["version"]
+        elif method == "fura_update":
+            if fault := self.faults.pop(info["index"], None):
+                raise fault
+            if info["index"] == 0:
+                self.staged = {}
+            self.staged[info["index"]] = base64.b64decode(info["source"]["inline"]), info["crc32"]
+        return [{"error": None, "pid": 1, "version": self.version, "owner": None, "poisoned": None}]
+
+    def pause(self):
+        pass
+
+    resume = pause
+
+    def stamp(self, version):
+        pass
+
+    def wait_until_up(self, timeout):
+        pass
+
+
+class Policy:
+    """Whole weights of half a chunk each, made when asked for; `reads` notes which."""
+
+    def __init__(self):
+        self.scale = 1.0
+        self.reads = []
+
+    def make(self, index):
+        self.reads.append(index)
+        return Factors("dense", {"weight": torch.full((CHUNK // 8,), self.scale * (index + 1))})
+
+    def update(self, version=1):
+        makers = {f"w{index}": lambda index=index: self.make(index) for index in range(WEIGHTS)}
+        return Update(version, version - 1, LazyFactors(makers), read=None)
+
+    def arrived_in(self, worker):
+        return len(worker.served) == WEIGHTS and all(
+            bool((worker.served[f"w{index}"].tensors["weight"] == self.scale * (index + 1)).all())
+            for index in range(WEIGHTS)
+        )
+
+
+@pytest.fixture
+def policy(monkeypatch):
+    monkeypatch.setattr(payload, "CHUNK_BYTES", CHUNK)
+    return Policy()
+
+
+@pytest.fixture
+def too_large_to_keep(monkeypatch):
+    monkeypatch.setattr(remote_engine, "KEPT_BYTES", 2 * CHUNK)
+
+
+def test_a_policy_too_large_to_keep_is_sent_one_chunk_at_a_time(policy, monkeypatch):
+    monkeypatch.setattr(remote_engine, "KEPT_BYTES", 0)
+    make_chunk, alive, beside = payload.make_chunk, weakref.WeakSet(), []
+
+    def counted(tensors):
+        beside.append(len(alive))
+        chunk = make_chunk(tensors)
+        assert not tensors, "what was packed is given up"
+        alive.add(chunk)
+        return chunk
+
+    monkeypatch.setattr(payload, "make_chunk", counted)
+    worker = Worker()
+    push = RemoteEngine(worker).push(policy.update())
+    assert policy.arrived_in(worker)
+    assert push.payload_bytes > WEIGHTS * CHUNK // 2
+    assert beside == [0] * (WEIGHTS // 2), "when a chunk is made, none of those before is held"
+
+
+def test_a_version_that_is_kept_is_read_once_however_often_it_is_sent(policy):
+    worker = Worker({3: EngineLostError("gone")})
+    engine = RemoteEngine(worker)
+    engine.push(policy.update())
+    assert policy.arrived_in(worker)
+    worker.served = {}
+    engine.resend()
+    assert policy.arrived_in(worker)
+    assert policy.reads == list(range(WEIGHTS))
+
+
+def test_a_version_that_is_not_kept_is_read_again_until_it_has_arrived_and_never_later(policy, too_large_to_keep):
+    worker = Worker({4: EngineLostError("gone")})
+    engine = RemoteEngine(worker)
+    push = engine.push(policy.update())
+    assert policy.arrived_in(worker)
+    assert WEIGHTS * CHUNK // 2 < push.payload_bytes < WEIGHTS * CHUNK, "counted once"
+    policy.scale = 2.0  # a training step
+    with pytest.raises(EngineLostError, match="whole weights are not kept"):
+        engine.resend()
+
+
+@pytest.mark.parametrize("fault", [RemoteSyncError("refused"), EngineLostError("gone")])
+def test_processes_that_gather_along_find_their_counterpart_in_every_weight_once(
+    policy, too_large_to_keep, monkeypatch, fault
+):
+    """A trainer in pieces: who sends must read on though the engine has failed, and cannot read a second time."""
+    monkeypatch.setattr(remote_engine, "others_gather_along", lambda: True)
+    with pytest.raises(type(fault)):
+        RemoteEngine(Worker({4: fault})).push(policy.update())
+    assert policy.reads == list(range(WEIGHTS))
+
+
+def test_what_was_refused_leaves_the_version_before_to_be_sent_again(policy):
+    worker = Worker()
+    engine = RemoteEngine(worker)
+    engine.push(policy.update(1))
+    worker.faults[2] = RemoteSyncError("refused")
+    policy.scale = 2.0
+    with pytest.raises(RemoteSyncError, match="refused"):
+        engine.push(policy.update(2))
+    worker.served = {}
+    engine.resend()
+    policy.scale = 1.0
+    assert policy.arrived_in(worker)
+    assert worker.version == 1
