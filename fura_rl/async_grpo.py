@@ -165,7 +165,7 @@ class FuraAsyncGRPOTrainer(AsyncGRPOTrainer):
             seed=self.args.seed,
             compute_dtype=mixed or policy.dtype,
             score=self._score,
-            **(sync_settings or {}),
+            **{"audit_every": None} | (sync_settings or {}),  # rollouts go on all the while
         )
         self.transfer = transfer
         if self.accelerator.is_main_process:

@@ -73,10 +73,12 @@ class FuraGRPOConfig(AlarmSettings, GRPOConfig):
         default=None,
         metadata={"help": "Largest accepted probe gap in nats; default: 1e-3 float32, 0.1 float16, 0.5 bfloat16."},
     )
-    sync_audit_every: int = field(
-        default=1,
+    sync_audit_every: int | None = field(
+        default=None,
         metadata={
-            "help": "Audit every live kernel of the engine at every N-th weight sync, module by module; 0: never."
+            "help": "Audit every live kernel of the engine at every N-th weight sync, module by module; 0: never; "
+            "default: at the first, then as often as audits take no more than a twentieth of the time of rollouts, and "
+            "at every sync where one takes under 0.25 s. So timing decides on some log entries, never on weights."
         },
     )
     fold_rounding: str = field(

@@ -191,6 +191,7 @@ def test_async_grpo_trains_on_the_factored_sync(method, make_trainer):
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     trainer.train()
     reports = trainer.transfer.reports
+    assert trainer.transfer.sync.audits.every is None, "as often as the time between syncs pays for audits"
     assert [report.version for report in reports] == [1, 2, 3, 4], "one cold sync, then one a step"
     assert max(report.probe_max_gap for report in reports) < PARITY_NATS
     assert reports[-1].payload_bytes < reports[-1].dense_bytes or method == "full"

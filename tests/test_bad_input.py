@@ -111,6 +111,8 @@ def test_an_unknown_adapter():
         (["--learning_rate", "fast"], r"learning_rate='fast' in the command line: expected a number"),
         (["--max_steps", "1.5"], r"max_steps='1.5' in the command line: expected a whole number"),
         (["--log_completions", "perhaps"], r"log_completions='perhaps' .* expected true or false"),
+        (["--sync_audit_every", "auto"], r"sync_audit_every='auto' in the command line: expected a whole number"),
+        (["--sync_audit_every", "-1"], r"sync_audit_every='-1' in the command line: expected 0 or more"),
         (["--beta", "0", "1"], r"beta='0 1' in the command line: expected a number, one only"),
         (["--report_to", "wandb", "none"], r"report_to=.*expected one value; a list goes into a YAML file"),
         (["--lr_scheduler_type", "liner"], r"lr_scheduler_type='liner'.*one of linear, .*; did you mean 'linear'\?"),

@@ -74,6 +74,21 @@ def test_lists_booleans_and_json():
     assert run.training.vllm_enable_sleep_mode is False
 
 
+@pytest.mark.parametrize(
+    ("line", "options", "expected"),
+    [
+        ("", [], None),
+        ("sync_audit_every: null\n", [], None),
+        ("sync_audit_every: 4\n", [], 4),
+        ("sync_audit_every: null\n", ["--sync_audit_every", "0"], 0),
+    ],
+)
+def test_audits_are_automatic_or_every_so_many_syncs(line, options, expected, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(Path(QUICKSTART).read_text() + line)
+    assert parse_arguments(["--config", str(file), *options, *CPU]).training.sync_audit_every == expected
+
+
 def test_help_is_short_and_complete():
     text = help_text("What it does.")
     for names in HELP_GROUPS.values():

@@ -165,7 +165,7 @@ def grpo_command(kind, adapter, server, folder):
         "--vllm_mode", "server", "--vllm_server_base_url", server.url, "--vllm_server_seeded", "true",
         "--lora_dropout", 0, "--use_cpu", "true", "--max_steps", STEPS, "--eval_problems", 0, "--output_dir", folder,
         "--reward_funcs", "distributed_trainer.even_letters", "--save_steps", 1, "--sync_probe_every", 1,
-        "--per_device_train_batch_size", 32 if kind == "single" else 16,
+        "--sync_audit_every", 1, "--per_device_train_batch_size", 32 if kind == "single" else 16,
     ]  # fmt: skip
 
 

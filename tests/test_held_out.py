@@ -85,7 +85,7 @@ def runs(tmp_path_factory):
 
 
 def training_numbers(history):
-    timed = ("seconds", "time")
+    timed = ("seconds", "time", "audit_gain_min")  # timing decides on what is audited
     return [
         {key: value for key, value in entry.items() if not any(word in key for word in timed)}
         for entry in history
@@ -122,6 +122,13 @@ def test_evaluation_is_logged_by_name_and_the_best_checkpoint_is_kept_and_loaded
     metrics = run.trainer.evaluate()
     assert metrics["eval_pass@1"] == values[best], "the policy is the best one again, and so is the engine"
     assert run.trainer.phase_seconds["evaluation"] > 0
+
+
+@pytest.mark.slow
+def test_audits_are_paid_for_by_the_rollouts_of_training(runs):
+    sync = runs["with"][0].trainer.weight_sync
+    assert sync.audits.every is None
+    assert sync.rollout_seconds() == runs["with"][0].trainer.phase_seconds["rollout"] > 0
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ SETTINGS = [
     *("--vllm_max_model_length", "96", "--gradient_checkpointing", "false", "--report_to", "none", "--seed", "3"),
     *("--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "2", "--logging_steps", "2"),
     *("--log_completions", "true", "--num_completions_to_print", "1"),
+    *("--sync_audit_every", "1"),  # what an audit saw is compared too, and shall not depend on timing
 ]
 
 KINDS = {

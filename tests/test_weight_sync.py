@@ -10,7 +10,8 @@ from trl import ModelConfig
 
 from fura_rl.adapters.fura_tuner import fura_layers
 from fura_rl.adapters.registry import METHODS, peft_config_for
-from fura_rl.sync import probe
+from fura_rl.sync import audit_schedule, probe
+from fura_rl.sync.audit_schedule import AuditSchedule
 from fura_rl.sync.base_weights import BaseWeights
 from fura_rl.sync.remote_engine import Follower
 from fura_rl.sync.update_watch import UpdateCosine
@@ -194,6 +195,46 @@ def test_a_sync_of_which_nothing_arrives_is_named_stale_by_the_audit(engines, mo
         sync.sync()
 
 
+@pytest.fixture
+def paid_audits(engines, monkeypatch):
+    """A policy and a sync that is audited where `pay()` came before it, the first of them behind it, without probes."""
+    monkeypatch.setattr(audit_schedule, "SMALL_COST_SECONDS", 0.0)
+    policy, sync = make_sync(*engines("tied"), "fura")
+    rollouts = [0.0]
+    sync.audits, sync.rollout_seconds = AuditSchedule(None), lambda: rollouts[0]
+    sync.probe_every = 10**9
+    perturb_trained(policy, 0.2, seed=0)
+    assert sync.sync().audit_gain_min == pytest.approx(1.0, abs=0.01), "nothing was audited before"
+
+    def pay():
+        rollouts[0] += 1e6
+
+    return policy, sync, pay
+
+
+def test_a_module_left_behind_by_a_sync_without_audit_is_named_at_the_next_audit(paid_audits, monkeypatch):
+    policy, sync, pay = paid_audits
+    leave_out(sync, monkeypatch, lambda module: module == "model.layers.1.self_attn.o_proj", times=3)
+    perturb_trained(policy, 0.2, seed=1)
+    report = sync.sync()
+    assert report.audit_gain_min is None
+    assert "sync/audit_gain_min" not in report.metrics()
+    assert report.metrics()["sync/audit_seconds"] >= 0
+    pay()  # and the policy moves no further: what the audit sees is the update of the sync that had none
+    with pytest.raises(probe.StaleEngineError, match=r"1 of 14 modules .*twice: model\.layers\.1\.self_attn\.o_proj"):
+        sync.sync()
+
+
+def test_updates_of_syncs_without_audit_add_up_to_the_gain_of_the_next(paid_audits):
+    policy, sync, pay = paid_audits
+    for step in (1, 2, 3):
+        perturb_trained(policy, 0.2, seed=step)
+        assert sync.sync().audit_gain_min is None
+    pay()
+    assert sync.sync().audit_gain_min == pytest.approx(1.0, abs=0.01)
+    assert sync.sync().audit_gain_min is None, "one payment, one audit"
+
+
 def test_stochastic_rounding_delivers_on_average_what_nearest_rounding_swallows(engines):
     policy, sync = make_sync(*engines("bfloat16"), "fura", dtype=torch.bfloat16)
     for parameter in policy.parameters():
@@ -213,7 +254,7 @@ def probe_after(sync):
 
 def test_a_sync_that_does_not_arrive_is_named_stale(engines, monkeypatch):
     policy, sync = make_sync(*engines("tied"), "fura")
-    sync.audit_every = 0
+    sync.audits.every = 0
     perturb_trained(policy, 0.2, seed=0)
     leave_out(sync, monkeypatch, lambda module: True)
     with pytest.raises(probe.StaleEngineError, match="still serves the weights of the sync before"):
@@ -222,7 +263,7 @@ def test_a_sync_that_does_not_arrive_is_named_stale(engines, monkeypatch):
 
 def test_one_layer_left_out_of_the_sync_stops_the_run(engines, monkeypatch):
     policy, sync = make_sync(*engines("tied"), "fura")
-    sync.audit_every = 0
+    sync.audits.every = 0
     perturb_trained(policy, 0.2, seed=0)
     leave_out(sync, monkeypatch, lambda module: module.endswith(".mlp.down_proj"))
     with pytest.raises(probe.StaleEngineError, match=r"differ by .* nats at probe token .*a part of the weights"):

@@ -101,11 +101,22 @@ def by_rows(tensor: torch.Tensor, compute: Callable[[torch.Tensor, Span], torch.
     return pieces.full_tensor()
 
 
+def several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def of_every_process(value: Any) -> list[Any]:
     """`value` of each process, in their order.  Collective."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def decided_by_the_first(decide: Callable[[], Any]) -> Any:
+    """What `decide` says in the first process, in all of them; the others do not ask their own.  Collective."""
+    if not several_processes():
+        return decide()
+    return of_every_process(decide() if dist.get_rank() == 0 else None)[0]
 
 
 @contextmanager
@@ -120,7 +131,7 @@ def failing_together() -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if several_processes():
         words = of_every_process(None if failure is None else f"{type(failure).__name__}: {failure}")
         failed = [(rank, text) for rank, text in enumerate(words) if text is not None]
         if failure is None and failed:

@@ -17,6 +17,7 @@ from torch import nn
 from fura_rl.adapters.quantized import keep_layout
 from fura_rl.sync import expert_audit, probe
 from fura_rl.sync.audit import KernelAudit, stale_modules
+from fura_rl.sync.audit_schedule import AuditSchedule
 from fura_rl.sync.engine import LazyFactors, Push, RolloutEngine, Update
 from fura_rl.sync.expert_audit import expert_layers
 from fura_rl.sync.factors import Factors, Read, Span, fold_slice
@@ -25,7 +26,7 @@ from fura_rl.sync.fold import CheckpointWeight, checkpoint_weights
 from fura_rl.sync.fold_rules import shifts_its_base, small_factors
 from fura_rl.sync.remote_engine import Follower
 from fura_rl.sync.rounding import ROUNDINGS
-from fura_rl.sync.sharding import failing_together, gathered, is_piece, local
+from fura_rl.sync.sharding import decided_by_the_first, failing_together, gathered, is_piece, local
 from fura_rl.sync.shared_audit import SharedKernels, worst_gains
 from fura_rl.sync.update_watch import UpdateWatch
 
@@ -44,7 +45,8 @@ class SyncReport:
     part of it that survives rounding to the engine's dtype: 1 means nothing was lost, near 0 that the engine hardly
     moved.  It is 1 while the update is 0, and None where no base weight is kept to compare with (full fine-tuning in
     another dtype).  `audit_gain_min` is the least gain of an audited kernel (1 fresh, 0 stale), None where no update
-    was large enough to be seen.  `probe_max_gap` is in nats, None where this sync was not probed.
+    was large enough to be seen or the sync was not audited; the phase `audit` is then what `update_cosine` took.
+    `probe_max_gap` is in nats, None where this sync was not probed.
     """
 
     version: int
@@ -79,7 +81,8 @@ class WeightSync:
         probe_token_ids: the fixed tokens that both sides score; at least two.
         probe_every: probe at every N-th sync; the first is always probed.
         probe_tolerance: largest accepted gap in nats; None takes the default of the coarser dtype.
-        audit_every: audit the engine's kernels at every N-th sync; 0 never.
+        audit_every: audit the engine's kernels at every N-th sync; 0 never, None as often as rollouts pay for it.
+        rollout_seconds: how long rollouts have taken in total, for that; as it stands, all the time that passes.
         mode: "factored" sends small factors, "dense" whole weights, "auto" small factors where the method has them.
         rounding: how folded weights are rounded to a 16-bit engine, "nearest" or "stochastic" (seeded by `seed`).
         compute_dtype: the dtype that the policy's forward runs in (its autocast dtype, where it has one).
@@ -98,7 +101,8 @@ class WeightSync:
         *,
         probe_every: int = 10,
         probe_tolerance: float | None = None,
-        audit_every: int = 1,
+        audit_every: int | None = 1,
+        rollout_seconds: Callable[[], float] = time.perf_counter,
         mode: str = "auto",
         rounding: str = "nearest",
         seed: int = 0,
@@ -112,7 +116,8 @@ class WeightSync:
         self.model = model
         self.engine = engine
         self.follows = isinstance(engine, Follower)  # another process of this trainer talks to the engine
-        self.audit_every = audit_every
+        self.audits = AuditSchedule(audit_every)
+        self.rollout_seconds = rollout_seconds
         self.mode = mode
         self.rounding = rounding
         self.seed = seed
@@ -176,8 +181,9 @@ class WeightSync:
         ]
         # of a policy in pieces every process audits the rows it holds, else the one that speaks to the engine all
         shared = any(is_piece(weight.parameter) for weight in self.weights.values())
+        audited = decided_by_the_first(lambda: self.audits.due(self.version, self._first, self.rollout_seconds()))
         watch = UpdateWatch(
-            self.audit if self.audit_every else None,
+            self.audit if audited else None,  # what the engine must compute is noted anew at the next audit
             self.engine.dtype,
             self._checkpoint_read,
             processes=dist.get_world_size() if shared else 1,
@@ -188,7 +194,6 @@ class WeightSync:
         # before the push: where policy and engine share their storage, the policy's forward would undo it
         expected = self.score(self.model, self.probe_token_ids) if probed else None
         clock.append(time.perf_counter())
-        audited = self.audit_every and (self._first or self.version % self.audit_every == 0)
         with failing_together():
             push = self._push(chosen, watch)
         clock.append(time.perf_counter())
@@ -200,6 +205,8 @@ class WeightSync:
         self._first = False
         clock.append(time.perf_counter())
         _, scoring, _, auditing, probing = (after - before for before, after in itertools.pairwise(clock))
+        if audited:
+            self.audits.audited(auditing + watch.seconds, self.rollout_seconds())
         return SyncReport(
             version=self.version,
             seconds=clock[-1] - clock[0],
