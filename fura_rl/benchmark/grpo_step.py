@@ -22,9 +22,9 @@ from fura_rl.sync.fold import checkpoint_weights
 
 PROMPTS, ROLLOUTS = 2, 4
 REFERENCE_BYTES = 8 * 2**30  # of the float32 model: all of Qwen3-1.7B, the first 4 decoder layers of a 7B
-# RMS gap in nats.  With random weights rounding gives 4e-7 in float32 and 4e-4 in float16 (3m), 1e-2 in bfloat16
-# (Qwen3-0.6B); leaving the adapter out gives 2e-2 (tiny), 0.1 (3m) and 0.3 (Qwen3-0.6B).
-LOGPROB_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+# RMS gap in nats.  With random weights rounding gives 4e-7 in float32 and 4e-4 in float16 (3m), in bfloat16 1e-2
+# (Qwen3-0.6B) to 4e-2 (Qwen3-1.7B); leaving the adapter out gives 2e-2 (tiny), 0.1 (3m) and 0.3 (Qwen3-0.6B).
+LOGPROB_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 8e-2}
 
 
 def run(settings: Settings) -> list[dict[str, Any]]:
