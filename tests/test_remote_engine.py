@@ -9,7 +9,7 @@ import torch
 from fura_rl.sync import payload, remote_engine
 from fura_rl.sync.engine import LazyFactors, Update
 from fura_rl.sync.factors import Factors
-from fura_rl.sync.remote_engine import EngineLostError, RemoteEngine, RemoteSyncError
+from fura_rl.sync.remote_engine import EngineLostError, RemoteEngine, RemoteSyncError, Replicas
 
 WEIGHTS = 12
 CHUNK = 4096  # of two weights
@@ -148,3 +148,20 @@ def test_what_was_refused_leaves_the_version_before_to_be_sent_again(policy):
     policy.scale = 1.0
     assert policy.arrived_in(worker)
     assert worker.version == 1
+
+
+@pytest.mark.parametrize("gather_along", [False, True])
+@pytest.mark.parametrize("kept", [True, False])
+def test_replicas_are_sent_one_reading_of_a_policy_in_pieces(policy, monkeypatch, gather_along, kept):
+    """Its other processes gather along once a sync, whatever the number of engines: a second reading would hang."""
+    monkeypatch.setattr(remote_engine, "others_gather_along", lambda: gather_along)
+    if not kept:
+        monkeypatch.setattr(remote_engine, "KEPT_BYTES", 2 * CHUNK)
+    workers = [Worker(), Worker({2: EngineLostError("gone")}), Worker()]
+    engines = Replicas([RemoteEngine(worker) for worker in workers])
+    push = engines.push(policy.update())
+    assert all(map(policy.arrived_in, workers))
+    assert push.payload_bytes > 3 * WEIGHTS * CHUNK // 2
+    if kept or gather_along:
+        assert policy.reads == list(range(WEIGHTS))
+    assert engines.engines[0]._last.can_be_sent == kept, "nothing too large is held from sync to sync"

@@ -84,10 +84,19 @@ class Message:
         version: of the policy.
         encode: makes the chunks from the policy as it is now.
         rounding_seed: see `engine.Update`.
+        receivers: how many engines it is for.
     """
 
-    def __init__(self, version: int, encode: Callable[[], Iterator[payload.Chunk]], rounding_seed: int | None) -> None:
+    def __init__(
+        self,
+        version: int,
+        encode: Callable[[], Iterator[payload.Chunk]],
+        rounding_seed: int | None,
+        receivers: int = 1,
+    ) -> None:
         self.version, self.rounding_seed = version, rounding_seed
+        # what can be read once only must be held until every engine has it
+        self._keeps_all = receivers > 1 and others_gather_along()
         self.nbytes = 0  # of all chunks; known when they have been sent
         self.encode_seconds = 0.0
         self.kept: list[payload.Chunk] | None = []  # what has been encoded; None where it is too much
@@ -122,6 +131,8 @@ class Message:
         while self._rest is not None and (self.kept is not None or others_gather_along()):
             self._encode_next()
         self._encode = self._rest = None
+        if self._encoded_bytes > KEPT_BYTES:
+            self.kept = None
 
     def _encode_next(self) -> list[payload.Chunk]:
         """The next chunk, encoded for the first time, in a list to be emptied: a name would hold it on."""
@@ -136,7 +147,7 @@ class Message:
             self._rest = None
             return []
         self._encoded_bytes += len(piece[0].data)
-        if self._encoded_bytes > KEPT_BYTES:
+        if self._encoded_bytes > KEPT_BYTES and not self._keeps_all:
             self.kept = None
             if others_gather_along():
                 self._encode = None
@@ -149,6 +160,11 @@ class Message:
         piece = list(itertools.islice(chunks, 1))
         self.encode_seconds += time.perf_counter() - started
         return piece
+
+
+def message_of(update: Update, engine_dtype: torch.dtype, receivers: int = 1) -> Message:
+    encode = functools.partial(payload.encode, update.factors, engine_dtype)
+    return Message(update.version, encode, update.rounding_seed, receivers)
 
 
 def others_gather_along() -> bool:
@@ -266,9 +282,16 @@ class RemoteEngine:
             RemoteSyncError: with what the engine refused; its weights are those of before.
             EngineLostError: where the engine is gone and does not come back in time.
         """
-        encode = functools.partial(payload.encode, update.factors, self.dtype)
-        message = Message(update.version, encode, update.rounding_seed)
+        message = message_of(update, self.dtype)
+        try:
+            return self.send(message)
+        finally:
+            message.settle()
+
+    def send(self, message: Message) -> Push:
+        """`push` of a message that is settled by whoever made it."""
         before, self._last = self._last, message
+        encoded = message.encode_seconds
         try:
             phases = self._recovering(lambda: self._deliver(message))
         except EngineLostError:
@@ -276,9 +299,7 @@ class RemoteEngine:
         except Exception:
             self._last = before
             raise
-        finally:
-            message.settle()
-        return Push(message.nbytes, {"fold": message.encode_seconds, **phases})
+        return Push(message.nbytes, {"fold": message.encode_seconds - encoded, **phases})
 
     def _recovering(self, call: Callable[[], Any]) -> Any:
         """`call()`, once more where the engine was lost and came back with the last version."""
@@ -369,7 +390,13 @@ class Replicas:
             engine.prepare(tensors, base_samples)
 
     def push(self, update: Update) -> Push:
-        pushes = [engine.push(update) for engine in self.engines]
+        """As `RemoteEngine.push`, one replica after another, all from one message: the other processes of a policy in
+        pieces gather along once."""
+        message = message_of(update, self.dtype, receivers=len(self.engines))
+        try:
+            pushes = [engine.send(message) for engine in self.engines]
+        finally:
+            message.settle()
         phases = {phase: sum(push.phases[phase] for push in pushes) for phase in pushes[0].phases}
         return Push(sum(push.payload_bytes for push in pushes), phases)
 
