@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from fura_rl.sync.sharding import several_processes
+
 logger = logging.getLogger(__name__)
 
 # torchrun and, for several processes, accelerate: seconds from a Ctrl-C or SIGTERM to the SIGKILL (torch 2.13: 30)
@@ -63,7 +65,7 @@ class SaveOnInterrupt(TrainerCallback):
 
 def agreed(received: int | None, device: torch.device) -> int | None:
     """The signal that this process or another one of the run has received, None where none has.  Collective."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not several_processes():
         return received
     number = torch.tensor(received or 0, device=device)
     dist.all_reduce(number, dist.ReduceOp.MAX)

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
 from fura_rl.sync import payload, probe
 from fura_rl.sync.audit import VECTORS, KernelReply
@@ -28,6 +27,7 @@ from fura_rl.sync.engine import Push, Update
 from fura_rl.sync.factors import Span
 from fura_rl.sync.fingerprint import Sample
 from fura_rl.sync.payload_source import offered
+from fura_rl.sync.sharding import several_processes
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ def message_of(update: Update, engine_dtype: torch.dtype, receivers: int = 1) ->
 
 def others_gather_along() -> bool:
     """Whether other processes of this trainer take part in the reading of every weight, which they do once a sync."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return several_processes()
 
 
 class RemoteEngine:

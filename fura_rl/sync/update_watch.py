@@ -69,7 +69,9 @@ class UpdateWatch:
         if self.saw(weight):
             return
         self._seen.add(weight.name)
-        if not self._looks or len(weight.shape) != 2 or not weight.trained:
+        rounds = self._dtype.itemsize < 4
+        nobody_asks = self._audit is None and not rounds
+        if nobody_asks or not self._looks or len(weight.shape) != 2 or not weight.trained:
             return
         started = time.perf_counter()
         spans = sample_spans(whole_blocks(weight.local_rows, factors), self._processes)
@@ -78,7 +80,6 @@ class UpdateWatch:
             return
         read = self._read(weight) if weight.layer is not None else None
         base = None if read is None else torch.cat([read(span, columns) for span in spans])
-        rounds = self._dtype.itemsize < 4
         device = next(iter(factors.tensors.values())).device
         options = {"device": device, "size": (sum(last - first for first, last in spans), columns[1])}
 
