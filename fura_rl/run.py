@@ -27,6 +27,7 @@ from fura_rl.fingerprint import check_base, describe_base, record
 from fura_rl.interrupt import SaveOnInterrupt
 from fura_rl.memory import OutOfMemory
 from fura_rl.metrics_file import MetricsFile
+from fura_rl.sync.payload_source import PayloadFolderError
 from fura_rl.sync.probe import StaleEngineError
 from fura_rl.sync.remote_engine import EngineLostError, RemoteSyncError
 from fura_rl.sync.sharding import PeerFailedError
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 # What stops a run by design: the message says what happened and what mends it, so that no traceback is needed.
 STOPS = (
     checkpoint.CheckpointError, FloatingPointError, OutOfMemory, StaleEngineError, EngineLostError, RemoteSyncError,
-    PeerFailedError, WorkersError,
+    PayloadFolderError, PeerFailedError, WorkersError,
 )  # fmt: skip
 
 

@@ -243,14 +243,15 @@ def test_a_step_that_leaves_nan_is_not_reported(monkeypatch):
         grpo_step.run(small_settings())
 
 
-def test_a_step_whose_log_probs_are_wrong_is_not_reported(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_whose_log_probs_are_wrong_is_not_reported(dtype, monkeypatch):
     def unmoved(self, x, cores):
         return self.base_layer(x) + 0 * cores[0].delta_s.sum()
 
     monkeypatch.setattr(FuraLinear, "_base_forward", unmoved)
-    wrong = r"fura: log-probs of tiny \(2 of 2 decoder layers\) in torch\.float32 are 0\.0\d+ nats \(RMS\) from"
+    wrong = rf"fura: log-probs of tiny \(2 of 2 decoder layers\) in {dtype} are 0\.0\d+ nats \(RMS\) from"
     with pytest.raises(RuntimeError, match=wrong):
-        grpo_step.run(small_settings())
+        grpo_step.run(small_settings(dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -23,7 +23,7 @@ from fura_rl.sync.factors import Factors
 from fura_rl.sync.fingerprint import base_sample
 from fura_rl.sync.fold import checkpoint_weights
 from fura_rl.sync.payload import PayloadError
-from fura_rl.sync.payload_source import offered, payload_folder, read_payload
+from fura_rl.sync.payload_source import PayloadFolderError, offered, payload_folder, read_payload
 from fura_rl.sync.receiver import OwnershipError, Receiver
 from fura_rl.sync.remote_engine import RemoteEngine, RemoteSyncError
 from fura_rl.sync.vllm_engine import ProcessTransport, find_model_runner
@@ -292,6 +292,24 @@ def test_the_payload_file_of_a_trainer_that_was_killed_is_swept_and_that_of_a_li
             assert read_payload(source) == b"next"
             assert not left.exists()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_payload_folder_without_room_is_named(tmp_path, monkeypatch):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        monkeypatch.setenv("FURA_SYNC_FOLDER", str(tmp_path))
+        with (
+            pytest.raises(PayloadFolderError, match=rf"1 MB of weights do not fit into {tmp_path}, which has 0 MB"),
+            offered(bytes(10**6), "file"),
+        ):
+            pass
+        assert not list(tmp_path.iterdir())
+        with offered(b"abc", "file") as source:
+            assert read_payload(source) == b"abc"
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=False)
 
 
 def test_payload_files_are_read_from_their_folder_only_and_are_gone_afterwards(tmp_path, monkeypatch):

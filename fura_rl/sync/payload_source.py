@@ -6,6 +6,7 @@ import base64
 import contextlib
 import fcntl
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,6 +19,10 @@ PREFIX, SUFFIX = "fura-sync-", ".safetensors"
 LOCKED_SECONDS = 60.0  # after which a payload file is surely locked by the trainer that made it, if that one lives
 
 
+class PayloadFolderError(RuntimeError):
+    """The folder through which weights reach a server has no room for them."""
+
+
 def payload_folder() -> Path:
     """Where payload files lie: shared memory where the system has it."""
     given = os.environ.get(FOLDER_VARIABLE)
@@ -26,13 +31,26 @@ def payload_folder() -> Path:
 
 @contextmanager
 def offered(data: bytes, transport: str) -> Iterator[dict[str, str]]:
-    """`data` as a worker can fetch it, "file" or "inline"; a file is gone afterwards."""
+    """`data` as a worker can fetch it, "file" or "inline"; a file is gone afterwards.
+
+    Raises:
+        PayloadFolderError: where `payload_folder()` has no room for it.
+    """
     if transport == "inline":
         yield {"inline": base64.b64encode(data).decode()}
         return
     sweep()
     with tempfile.NamedTemporaryFile(dir=payload_folder(), prefix=PREFIX, suffix=SUFFIX) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            os.posix_fallocate(file.fileno(), 0, max(1, len(data)))
+        except OSError as error:
+            folder, free = payload_folder(), shutil.disk_usage(payload_folder()).free
+            raise PayloadFolderError(
+                f"{len(data) / 1e6:.0f} MB of weights do not fit into {folder}, which has {free / 1e6:.0f} MB free "
+                f"({error.strerror}): make it larger (docker run --shm-size), set {FOLDER_VARIABLE} on both sides "
+                "to a folder with room, or sync_transport=inline"
+            ) from error
         file.write(data)
         file.flush()
         yield {"file": file.name}
