@@ -518,6 +518,7 @@ def restore_progress(trainer: FuraGRPOTrainer, folder: Path) -> None:
             (trainer._logs[name] if column is None else trainer._logs[name][column]).extend(items)
     if trainer.use_vllm:
         trainer.weight_sync.version = state["sync_version"]
+        trainer.weight_sync.prove_next()
         trainer._last_loaded_step = -1
 
 

@@ -76,6 +76,22 @@ def test_gain_is_1_for_the_new_weight_0_for_the_old_and_what_lies_between(base):
     ]  # fmt: skip
 
 
+def test_of_several_syncs_one_that_is_missing_counts():
+    gains = {"fresh": 0.99, "one behind": 0.75, "wild": 3.0}
+    assert stale_modules(gains) == ["wild"]
+    assert stale_modules(gains, syncs=4) == ["one behind", "wild"]
+
+
+def test_an_update_of_several_syncs_must_be_as_much_larger_to_be_judged_by(base):
+    audit = KernelAudit()
+    direction = torch.randn_like(base)
+    for size, seen in [(1.0, {1: True, 4: False}), (5.0, {1: True, 4: True})]:
+        new = base + size * 3e-3 * direction
+        expect(audit, new, base)
+        for syncs, wanted in seen.items():
+            assert bool(audit.gains(Matrices(torch.bfloat16, layer=new), syncs)) == wanted, (size, syncs)
+
+
 def test_of_several_gains_the_worst_counts():
     assert worst([0.98, 1.03, 1.0]) == 1.03
     assert worst([1.0, 0.0]) == 0.0

@@ -61,9 +61,9 @@ class Policy:
         self.reads.append(index)
         return Factors("dense", {"weight": torch.full((CHUNK // 8,), self.scale * (index + 1))})
 
-    def update(self, version=1):
+    def update(self, version=1, **settings):
         makers = {f"w{index}": lambda index=index: self.make(index) for index in range(WEIGHTS)}
-        return Update(version, version - 1, LazyFactors(makers), read=None)
+        return Update(version, version - 1, LazyFactors(makers), read=None, **settings)
 
     def arrived_in(self, worker):
         return len(worker.served) == WEIGHTS and all(
@@ -125,13 +125,10 @@ def test_a_version_that_is_not_kept_is_read_again_until_it_has_arrived_and_never
 
 
 @pytest.mark.parametrize("fault", [RemoteSyncError("refused"), EngineLostError("gone")])
-def test_processes_that_gather_along_find_their_counterpart_in_every_weight_once(
-    policy, too_large_to_keep, monkeypatch, fault
-):
+def test_processes_that_gather_along_find_their_counterpart_in_every_weight_once(policy, too_large_to_keep, fault):
     """A trainer in pieces: who sends must read on though the engine has failed, and cannot read a second time."""
-    monkeypatch.setattr(remote_engine, "others_gather_along", lambda: True)
     with pytest.raises(type(fault)):
-        RemoteEngine(Worker({4: fault})).push(policy.update())
+        RemoteEngine(Worker({4: fault})).push(policy.update(read_once=True))
     assert policy.reads == list(range(WEIGHTS))
 
 
@@ -150,18 +147,17 @@ def test_what_was_refused_leaves_the_version_before_to_be_sent_again(policy):
     assert worker.version == 1
 
 
-@pytest.mark.parametrize("gather_along", [False, True])
+@pytest.mark.parametrize("read_once", [False, True])
 @pytest.mark.parametrize("kept", [True, False])
-def test_replicas_are_sent_one_reading_of_a_policy_in_pieces(policy, monkeypatch, gather_along, kept):
+def test_replicas_are_sent_one_reading_of_a_policy_in_pieces(policy, monkeypatch, read_once, kept):
     """Its other processes gather along once a sync, whatever the number of engines: a second reading would hang."""
-    monkeypatch.setattr(remote_engine, "others_gather_along", lambda: gather_along)
     if not kept:
         monkeypatch.setattr(remote_engine, "KEPT_BYTES", 2 * CHUNK)
     workers = [Worker(), Worker({2: EngineLostError("gone")}), Worker()]
     engines = Replicas([RemoteEngine(worker) for worker in workers])
-    push = engines.push(policy.update())
+    push = engines.push(policy.update(read_once=read_once))
     assert all(map(policy.arrived_in, workers))
     assert push.payload_bytes > 3 * WEIGHTS * CHUNK // 2
-    if kept or gather_along:
+    if kept or read_once:
         assert policy.reads == list(range(WEIGHTS))
     assert engines.engines[0]._last.can_be_sent == kept, "nothing too large is held from sync to sync"

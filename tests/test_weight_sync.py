@@ -235,6 +235,41 @@ def test_updates_of_syncs_without_audit_add_up_to_the_gain_of_the_next(paid_audi
     assert sync.sync().audit_gain_min is None, "one payment, one audit"
 
 
+@pytest.mark.parametrize("missed", [1, 2, 3])
+def test_a_module_that_misses_one_of_several_syncs_is_named_at_their_audit(paid_audits, monkeypatch, missed):
+    """Four steps of one direction: who holds three of them has a gain of 0.75 and is stale all the same."""
+    policy, sync, pay = paid_audits
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    steps = [0.02 * torch.randn_like(parameter) for parameter in trained]
+    skipped = "model.layers.1.mlp.down_proj"
+    for step in range(4):
+        with torch.no_grad():
+            for parameter, move in zip(trained, steps, strict=True):
+                parameter.add_(move)
+        if step == 4 - missed:
+            leave_out(sync, monkeypatch, lambda module: module == skipped, times=missed + 1)
+        if step < 3:
+            assert sync.sync().audit_gain_min is None
+    pay()
+    with pytest.raises(probe.StaleEngineError, match=rf"1 of 14 modules .*twice: {skipped}"):
+        sync.sync()
+
+
+def test_a_policy_that_was_replaced_is_probed_and_audited_at_once(paid_audits):
+    policy, sync, _ = paid_audits
+    perturb_trained(policy, 0.2, seed=1)
+    assert sync.sync().audit_gain_min is None
+    sync.version = 37
+    sync.prove_next()
+    perturb_trained(policy, 0.2, seed=2)
+    report = sync.sync()
+    assert report.audit_gain_min == pytest.approx(1.0, abs=0.01)
+    assert report.probe_max_gap < PARITY_NATS
+    report = sync.sync()
+    assert report.audit_gain_min is None
+    assert report.probe_max_gap is None
+
+
 def test_stochastic_rounding_delivers_on_average_what_nearest_rounding_swallows(engines):
     policy, sync = make_sync(*engines("bfloat16"), "fura", dtype=torch.bfloat16)
     for parameter in policy.parameters():

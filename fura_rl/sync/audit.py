@@ -126,49 +126,50 @@ class KernelAudit:
         """Whether nothing is known of `name` at these rows: none were asked for, or sharding has moved them."""
         return not self.knows(name) or self._spans[name] != spans
 
-    def gains(self, engine: Kernels) -> dict[str, float]:
+    def gains(self, engine: Kernels, syncs: int = 1) -> dict[str, float]:
         """The gain of every layer whose update is large enough to be seen through the engine's rounding.
 
         Of a weight that several workers or replicas hold, the worst; a worker whose own part has moved too little to
-        be seen is left out.
+        be seen is left out.  The update is one of so many `syncs`: what misses one of them is nearer to 1 by as much,
+        so that an update must be as much larger to be judged by.
         """
         self._expected, self._previous = on_host(self._expected), on_host(self._previous)
         eps = torch.finfo(engine.dtype).eps
-        due = self._due(eps)
+        due = self._due(eps, syncs)
         workers = engine.kernel_replies({name: self._spans[name] for name in due})
         shares = {name: [worker[name] for worker in workers if name in worker] for name in due}
         gains: dict[str, list[float]] = {name: [] for name in due}
         for names in grouped(due, lambda name: (self._expected[name].shape, len(shares[name]))):
-            gains |= zip(names, self._judge(names, [shares[name] for name in names], eps), strict=True)
+            gains |= zip(names, self._judge(names, [shares[name] for name in names], eps, syncs), strict=True)
         return {name: worst(found) for name, found in gains.items() if found}
 
-    def _due(self, eps: float) -> list[str]:
+    def _due(self, eps: float, syncs: int) -> list[str]:
         """The weights whose whole reply moves by enough to be seen, in the order in which they were noted."""
         moved: set[str] = set()
         for names in grouped(self._expected, lambda name: self._expected[name].shape):
             everything = torch.ones(len(names), *self._expected[names[0]].shape, dtype=torch.bool)
-            moved |= set(itertools.compress(names, self._stand_out(names, everything, [eps] * len(names))))
+            moved |= set(itertools.compress(names, self._stand_out(names, everything, [eps] * len(names), syncs)))
         return [name for name in self._expected if name in moved]
 
-    def _judge(self, names: list[str], shares: list[list[KernelReply]], eps: float) -> list[list[float]]:
+    def _judge(self, names: list[str], shares: list[list[KernelReply]], eps: float, syncs: int) -> list[list[float]]:
         """The gains of each of `names`, alike in shape and in the number of shares: one for every reply that is whole
         somewhere and shows its update there."""
         coarsest = [max([eps, *(share.eps for share in own)]) for own in shares]
         judged = torch.zeros(len(names), *self._expected[names[0]].shape, dtype=torch.bool)
         found: list[list[float]] = [[] for _ in names]
         for reply, whole in complete_replies([stacked(of_worker) for of_worker in zip(*shares, strict=True)]):
-            seen = self._stand_out(names, whole, coarsest)
+            seen = self._stand_out(names, whole, coarsest, syncs)
             judged |= whole & torch.tensor(seen)[:, None, None]
             for own, gain in itertools.compress(zip(found, self._gains(names, reply, whole), strict=True), seen):
                 own.append(gain)
         self._judged |= zip(names, judged, strict=True)
         return found
 
-    def _stand_out(self, names: list[str], whole: torch.Tensor, eps: list[float]) -> list[bool]:
+    def _stand_out(self, names: list[str], whole: torch.Tensor, eps: list[float], syncs: int) -> list[bool]:
         """Of each weight, whether its numbers `whole` move by enough to stand out of the engine's rounding."""
         expected, previous = stack_of(self._expected, names), stack_of(self._previous, names)
         roundings = torch.tensor([self._roundings[name] for name in names]) * torch.tensor(eps, dtype=torch.float64)
-        visible = (roundings / whole.sum((1, 2)).clamp(min=1).sqrt()).clamp(min=SMALLEST_UPDATE)
+        visible = syncs * (roundings / whole.sum((1, 2)).clamp(min=1).sqrt()).clamp(min=SMALLEST_UPDATE)
         size, update = (torch.where(whole, part, 0).flatten(1).norm(dim=1) for part in (expected, expected - previous))
         return (update > visible * size).tolist()
 
@@ -183,10 +184,6 @@ class KernelAudit:
         """The layers of `gains` are proved, as far as they were judged: their next update is counted from here."""
         for name in gains:
             self._previous[name] = torch.where(self._judged[name], self._expected[name], self._previous[name])
-
-    def forget(self) -> None:
-        """The engine is another one now, or was restarted: nothing is known of it."""
-        self._previous.clear()
 
 
 def grouped(names: Iterable[str], key: Callable[[str], Hashable]) -> list[list[str]]:
@@ -230,9 +227,13 @@ def worst(gains: Iterable[float]) -> float:
     return max(gains, key=lambda gain: math.inf if math.isnan(gain) else abs(gain - 1))
 
 
-def stale_modules(gains: dict[str, float]) -> list[str]:
-    """The layers whose kernel does not hold the weight it was sent; a gain that is not a number counts."""
-    return [name for name, gain in gains.items() if not STALE_BELOW <= gain <= LOST_ABOVE]
+def stale_modules(gains: dict[str, float], syncs: int = 1) -> list[str]:
+    """The layers whose kernel does not hold the weight it was sent; a gain that is not a number counts.
+
+    Of an update of several `syncs` it may lack the last one alone, and have a gain of 1 - 1 / syncs.
+    """
+    fresh_from = 1 - (1 - STALE_BELOW) / syncs
+    return [name for name, gain in gains.items() if not fresh_from <= gain <= LOST_ABOVE]
 
 
 def sample_spans(rows: Span, processes: int = 1) -> list[Span]:

@@ -39,13 +39,16 @@ class AuditSchedule:
         self._told = False
 
     def due(self, version: int, first: bool, rollout_seconds: float) -> bool:
-        """Whether the sync after `version`, or the `first` to this engine, is audited; to be asked once a sync."""
+        """Whether the sync after `version` is audited; always the `first` of a policy that nothing is proved of.
+
+        To be asked once a sync.
+        """
         if self.every is not None:
             return self.every > 0 and (first or version % self.every == 0)
         self._syncs_since += 1
         if first or self._cost_seconds is None:
             return True
-        since = self._since(rollout_seconds)
+        since = rollout_seconds - self._rollouts_then
         due = pays(self._cost_seconds, since)
         if not due and since > 0 and not self._told:
             self._tell(since)
@@ -55,16 +58,11 @@ class AuditSchedule:
         """Note that the sync was audited, and what that cost."""
         self._cost_seconds, self._rollouts_then, self._syncs_since = cost_seconds, rollout_seconds, 0
 
-    def _since(self, rollout_seconds: float) -> float:
-        """Of the rollouts since the last audit; a total that fell was counted anew meanwhile."""
-        fell = rollout_seconds < self._rollouts_then
-        return rollout_seconds if fell else rollout_seconds - self._rollouts_then
-
     def _tell(self, since: float) -> None:
         self._told = True
         per_sync = since / self._syncs_since
         logger.warning(
             "weight sync: an audit of the engine takes %.2f s, more than %.0f%% of the %.2f s of rollouts between two "
-            "syncs: one in %d syncs is audited; --sync_audit_every 1 audits each",
+            "syncs: one in %d syncs is audited; sync_audit_every=1 audits each",
             self._cost_seconds, 100 * ROLLOUT_SHARE, per_sync, syncs_per_audit(self._cost_seconds, per_sync),
         )  # fmt: skip

@@ -38,7 +38,8 @@ class Update:
 
     `factors` holds every weight that training can change, relative to the pristine base, so that an engine comes to
     `version` from whatever state it is in.  `read(name)` reads the trainer's own base weight.  `rounding_seed` draws
-    the stochastic rounding of this version, None rounds to nearest.
+    the stochastic rounding of this version, None rounds to nearest.  `read_once`: the policy is in pieces, whose other
+    processes gather along in every weight of `factors`, once.
     """
 
     version: int
@@ -46,6 +47,7 @@ class Update:
     factors: Mapping[str, Factors]
     read: Callable[[str], Read]
     rounding_seed: int | None = None
+    read_once: bool = False
 
 
 @dataclass(frozen=True)

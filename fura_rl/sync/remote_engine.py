@@ -27,7 +27,6 @@ from fura_rl.sync.engine import Push, Update
 from fura_rl.sync.factors import Span
 from fura_rl.sync.fingerprint import Sample
 from fura_rl.sync.payload_source import offered
-from fura_rl.sync.sharding import several_processes
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +82,7 @@ class Message:
     Args:
         version: of the policy.
         encode: makes the chunks from the policy as it is now.
-        rounding_seed: see `engine.Update`.
+        rounding_seed, read_once: see `engine.Update`.
         receivers: how many engines it is for.
     """
 
@@ -92,11 +91,12 @@ class Message:
         version: int,
         encode: Callable[[], Iterator[payload.Chunk]],
         rounding_seed: int | None,
+        read_once: bool = False,
         receivers: int = 1,
     ) -> None:
         self.version, self.rounding_seed = version, rounding_seed
-        # what can be read once only must be held until every engine has it
-        self._keeps_all = receivers > 1 and others_gather_along()
+        self._read_once = read_once
+        self._keeps_all = receivers > 1 and read_once  # until every engine has it
         self.nbytes = 0  # of all chunks; known when they have been sent
         self.encode_seconds = 0.0
         self.kept: list[payload.Chunk] | None = []  # what has been encoded; None where it is too much
@@ -128,7 +128,7 @@ class Message:
         What a failure has left unencoded is encoded now where it may be kept, and where other processes gather along,
         which wait for their counterpart in every weight.
         """
-        while self._rest is not None and (self.kept is not None or others_gather_along()):
+        while self._rest is not None and (self.kept is not None or self._read_once):
             self._encode_next()
         self._encode = self._rest = None
         if self._encoded_bytes > KEPT_BYTES:
@@ -140,7 +140,7 @@ class Message:
             return []
         try:
             piece = self._next_of(self._rest)
-        except Exception:
+        except BaseException:  # a Ctrl-C too: what was cut short must not pass for the whole
             self.kept = self._encode = self._rest = None
             raise
         if not piece:
@@ -149,7 +149,7 @@ class Message:
         self._encoded_bytes += len(piece[0].data)
         if self._encoded_bytes > KEPT_BYTES and not self._keeps_all:
             self.kept = None
-            if others_gather_along():
+            if self._read_once:
                 self._encode = None
         elif self.kept is not None:
             self.kept.append(piece[0])
@@ -164,12 +164,7 @@ class Message:
 
 def message_of(update: Update, engine_dtype: torch.dtype, receivers: int = 1) -> Message:
     encode = functools.partial(payload.encode, update.factors, engine_dtype)
-    return Message(update.version, encode, update.rounding_seed, receivers)
-
-
-def others_gather_along() -> bool:
-    """Whether other processes of this trainer take part in the reading of every weight, which they do once a sync."""
-    return several_processes()
+    return Message(update.version, encode, update.rounding_seed, update.read_once, receivers)
 
 
 class RemoteEngine:

@@ -56,6 +56,7 @@ class UpdateWatch:
         self.cosine = UpdateCosine()
         self.all_bases_kept = True  # whether every trained weight has its base value at hand, for the cosine
         self.seconds = 0.0
+        self.audit_seconds = 0.0  # the part of them that the cosine would not have taken
         self._audit, self._dtype, self._read = audit, dtype, read
         self._processes, self._looks = processes, looks
         self._seen: set[str] = set()
@@ -97,12 +98,15 @@ class UpdateWatch:
             self.cosine.add(exact - wide, delivered - served)
         elif rounds:
             self.all_bases_kept = False
+        noted = time.perf_counter()
         if self._audit is not None:
             drawn = rounding_seed is not None and rounds  # the engine's draw of each weight is not repeated row by row
             roundings = ROUNDINGS_PER_DRAW if drawn else ROUNDINGS_PER_UPDATE
             expected, at_first = (exact, base) if drawn else (delivered, served)
             self._audit.expect(weight.name, expected, at_first, spans, roundings)
-        self.seconds += time.perf_counter() - started
+        ended = time.perf_counter()
+        self.seconds += ended - started
+        self.audit_seconds += ended - (noted if rounds else started)
 
 
 def whole_blocks(rows: Span, factors: Factors) -> Span:

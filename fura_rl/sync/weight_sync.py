@@ -132,6 +132,8 @@ class WeightSync:
         self.score = score
         self.version = 0  # of the last sync; a resumed run goes on counting from its checkpoint
         self._first = True  # nothing has reached the engine yet
+        self._unproved = True  # what reaches it next is no step of what was proved before
+        self._syncs_since_audit = 0
         self._previous_logprobs: torch.Tensor | None = None
         self.weights = self._current_weights()
         if mode == "factored":
@@ -140,6 +142,10 @@ class WeightSync:
             refuse_beyond_float16(self.weights.values())
         self._starts = {} if engine.reads_the_trainers_base else starts_of_shifted_bases(self.weights.values(), model)
         engine.prepare({name: weight.shape for name, weight in self.weights.items()}, self._base_samples())
+
+    def prove_next(self) -> None:
+        """The policy was replaced, by that of a checkpoint: probe and audit the next sync, whatever is due."""
+        self._unproved = True
 
     def _current_weights(self) -> dict[str, CheckpointWeight]:
         """By name; looked up anew at every sync, since sharding a model replaces its parameters."""
@@ -181,7 +187,7 @@ class WeightSync:
         ]
         # of a policy in pieces every process audits the rows it holds, else the one that speaks to the engine all
         shared = any(is_piece(weight.parameter) for weight in self.weights.values())
-        audited = decided_by_the_first(lambda: self.audits.due(self.version, self._first, self.rollout_seconds()))
+        audited = decided_by_the_first(lambda: self.audits.due(self.version, self._unproved, self.rollout_seconds()))
         watch = UpdateWatch(
             self.audit if audited else None,  # what the engine must compute is noted anew at the next audit
             self.engine.dtype,
@@ -189,24 +195,25 @@ class WeightSync:
             processes=dist.get_world_size() if shared else 1,
             looks=shared or not self.follows,
         )
-        probed = self._first or self.version % self.probe_every == 0
+        probed = self._unproved or self.version % self.probe_every == 0
         clock.append(time.perf_counter())
         # before the push: where policy and engine share their storage, the policy's forward would undo it
         expected = self.score(self.model, self.probe_token_ids) if probed else None
         clock.append(time.perf_counter())
+        self._syncs_since_audit += 1
         with failing_together():
-            push = self._push(chosen, watch)
+            push = self._push(chosen, watch, shared)
         clock.append(time.perf_counter())
         with failing_together():
             gains = self._audit(shared) if audited and (shared or not self.follows) else {}
         clock.append(time.perf_counter())
         self.version += 1
         gap = None if expected is None else self._probe(expected)
-        self._first = False
+        self._first = self._unproved = False
         clock.append(time.perf_counter())
         _, scoring, _, auditing, probing = (after - before for before, after in itertools.pairwise(clock))
         if audited:
-            self.audits.audited(auditing + watch.seconds, self.rollout_seconds())
+            self.audits.audited(auditing + watch.audit_seconds, self.rollout_seconds())
         return SyncReport(
             version=self.version,
             seconds=clock[-1] - clock[0],
@@ -218,7 +225,7 @@ class WeightSync:
             update_cosine=watch.cosine.value() if watch.all_bases_kept and not self.follows else None,
         )
 
-    def _push(self, chosen: list[CheckpointWeight], watch: UpdateWatch) -> Push:
+    def _push(self, chosen: list[CheckpointWeight], watch: UpdateWatch, shared: bool) -> Push:
         """Hand `chosen` to the engine, noting what each of its kernels must compute afterwards."""
         seed = None
         if self.rounding == "stochastic" and self.engine.dtype.itemsize == 2:
@@ -235,6 +242,7 @@ class WeightSync:
             factors=LazyFactors({weight.name: functools.partial(make, weight) for weight in chosen}),
             read=lambda name: self.weights[name].read(),
             rounding_seed=seed,
+            read_once=shared,
         )
         push = self.engine.push(update)
         for weight in chosen:
@@ -282,15 +290,16 @@ class WeightSync:
         """
         self._expect_of_experts()
         kernels = SharedKernels(self.engine) if shared else self.engine
-        own = self.audit.gains(kernels)
+        syncs, self._syncs_since_audit = self._syncs_since_audit, 0
+        own = self.audit.gains(kernels, syncs)
         gains = worst_gains(own) if shared else own
-        if stale := stale_modules(gains):
+        if stale := stale_modules(gains, syncs):
             logger.warning("weight sync: %s did not take the new weights; sending them once more", ", ".join(stale))
             kernels.resend()
-            own = self.audit.gains(kernels)
+            own = self.audit.gains(kernels, syncs)
             gains = worst_gains(own) if shared else own
-        if stale := stale_modules(gains):
-            raise probe.StaleEngineError(stale_message(stale, gains))
+        if stale := stale_modules(gains, syncs):
+            raise probe.StaleEngineError(stale_message(stale, gains, syncs))
         self.audit.accept(own)
         return gains
 
@@ -311,11 +320,12 @@ class WeightSync:
         return gap
 
 
-def stale_message(stale: list[str], gains: dict[str, float]) -> str:
+def stale_message(stale: list[str], gains: dict[str, float], syncs: int) -> str:
     shown = ", ".join(f"{name} (gain {gains[name]:.2f})" for name in stale[:8])
     more = f" and {len(stale) - 8} more" if len(stale) > 8 else ""
+    before = "the sync before" if syncs == 1 else f"one of the {syncs} syncs before, which were not audited"
     cause = (
-        "nothing of this sync arrived: the engine still serves the weights of the sync before"
+        f"nothing of this sync arrived: the engine still serves the weights of {before}"
         if len(stale) == len(gains)
         else "these modules were skipped, or their kernels were not rebuilt"
     )
