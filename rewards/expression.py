@@ -247,9 +247,10 @@ class Parser:
         r"""`1\frac{4}{5}` and `1 4/5`: a whole number and a proper fraction of numbers."""
         tokens = self.tokens[self.position :]
         if following != r"\frac":
-            if [kind for kind, _ in tokens[:3]] == ["number", "symbol", "number"] and tokens[1][1] == "/":
+            kinds, texts = [kind for kind, _ in tokens[:3]], [text for _, text in tokens[:3]]
+            if kinds == ["number", "symbol", "number"] and texts[1] == "/" and (texts[0] + texts[2]).isdigit():
                 self.position += 3
-                return self.add_fraction(whole, tokens[0][1], tokens[2][1])
+                return self.add_fraction(whole, texts[0], texts[2])
             raise UndecidedError
         texts = [text for _, text in tokens[1:7]]
         if texts[0:1] == ["{"] and texts[2:4] == ["}", "{"] and texts[5:6] == ["}"] and texts[1].isdigit():

@@ -137,6 +137,12 @@ def test_every_status_and_what_the_modes_make_of_it(completion, gold, training, 
     assert grade([(completion, gold)], mode="evaluation")[0].status == evaluation
 
 
+@pytest.mark.parametrize("text", ["0 0./0", "1 1/2.", "3 1./2", "2 1.5/2"])
+def test_a_mixed_number_of_decimals_is_none_and_no_error(text):
+    by_answer, by_gold = rewards.grade([(rf"\boxed{{{text}}}", "77"), (r"\boxed{77}", text)])
+    assert (by_answer.reward, by_gold.reward or 0.0) == (0.0, 0.0)
+
+
 def test_only_correct_pays():
     assert [Result(status).reward for status in rewards.STATUSES] == [1.0] + [0.0] * (len(rewards.STATUSES) - 1)
 

@@ -125,12 +125,12 @@ def test_held_out_problems_are_scored_on_the_synced_version_after_a_restart_too(
 
 
 def test_a_batch_that_takes_longer_than_the_limit_names_the_limit_and_the_mend(trainer, rollout_server):
-    impatient = RolloutClient(rollout_server.url, connection_timeout=1.5)
+    impatient = RolloutClient(rollout_server.url, connection_timeout=1.0)
     impatient.engine = trainer[2].engine
     with pytest.raises(
-        EngineLostError, match=r"256 completions .* within vllm_server_timeout=1.5 s: .* raise vllm_server_timeout"
+        EngineLostError, match=r"2048 completions .* within vllm_server_timeout=1.0 s: .* raise vllm_server_timeout"
     ):
-        impatient.generate(PROMPTS, **SAMPLING | {"n": 64})
+        impatient.generate(PROMPTS, **SAMPLING | {"n": 512})
 
 
 def test_what_is_longer_than_the_server_takes_is_refused_with_the_option_to_raise(trainer):
