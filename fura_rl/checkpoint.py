@@ -68,11 +68,18 @@ def a_full_disk_named(output_dir: Path) -> Iterator[None]:
         texts = [f"(os error {number})" for number in NO_ROOM]
         if getattr(error, "errno", None) not in NO_ROOM and not any(text in str(error) for text in texts):
             raise
-        last = last_checkpoint(output_dir)
         raise CheckpointError(
-            f"output_dir={str(output_dir)!r} could not be written to: {str(error).splitlines()[0]}. Free some space "
-            f"there; the same command goes on from {'the start' if last is None else last.name}"
+            f"output_dir={str(output_dir)!r} could not be written to: {cause_and_mend(error, output_dir)}"
         ) from error
+
+
+def cause_and_mend(error: Exception, output_dir: Path) -> str:
+    """How a message ends that says what could not be written."""
+    last = last_checkpoint(output_dir)
+    return (
+        f"{str(error).splitlines()[0]}. Free some space there; the same command goes on from "
+        f"{'the start' if last is None else last.name}"
+    )
 
 
 def step_of(checkpoint: Path) -> int | None:

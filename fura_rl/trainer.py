@@ -344,11 +344,9 @@ class FuraGRPOTrainer(GRPOTrainer):
                 size = self._publish_checkpoint(staged, final) if self.args.should_save else 0
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(staged, ignore_errors=True)
-            last = checkpoint.last_checkpoint(run_dir)
             raise checkpoint.CheckpointError(
                 f"the checkpoint of step {self.state.global_step} could not be written to {str(run_dir)!r}: "
-                f"{str(error).splitlines()[0]}. Free some space there; the same command goes on from "
-                f"{'the start' if last is None else last.name}"
+                f"{checkpoint.cause_and_mend(error, run_dir)}"
             ) from error
         finally:
             self._saving = False

@@ -22,7 +22,7 @@ def audited_syncs(schedule, costs, rollouts):
     found, total = [], 0.0
     for sync, (cost, seconds) in enumerate(zip(costs, rollouts, strict=True)):
         total += seconds
-        if schedule.due(version=sync, first=sync == 0, rollout_seconds=total):
+        if schedule.due(sync, first=sync == 0, rollout_seconds=total, syncs=sync - found[-1] if found else 1):
             schedule.audited(cost, total)
             found.append(sync)
     return found
@@ -63,17 +63,17 @@ def test_the_next_audit_goes_by_what_the_last_one_cost():
 @pytest.mark.parametrize(("every", "expected"), [(0, []), (1, [*range(7)]), (3, [0, 3, 6])])
 def test_a_number_of_syncs_is_kept_to_whatever_they_cost(every, expected):
     assert audited_syncs(AuditSchedule(every), [100.0] * 7, [0.0] * 7) == expected
-    assert AuditSchedule(every).due(version=4, first=True, rollout_seconds=0.0) == (every > 0), "a resumed run"
+    assert AuditSchedule(every).due(version=4, first=True, rollout_seconds=0.0, syncs=1) == (every > 0), "a resumed run"
 
 
 def test_the_first_sync_without_an_audit_says_how_many_there_will_be(caplog):
     schedule = AuditSchedule(None)
     with caplog.at_level(logging.WARNING):
         schedule.audited(cost_seconds=3.0, rollout_seconds=0.0)
-        assert not schedule.due(version=1, first=False, rollout_seconds=0.0)
+        assert not schedule.due(version=1, first=False, rollout_seconds=0.0, syncs=1)
         assert caplog.text == "", "nothing is known of rollouts yet"
         for version in range(2, 8):
-            if schedule.due(version, first=False, rollout_seconds=16.0 * (version - 1)):
+            if schedule.due(version, first=False, rollout_seconds=16.0 * (version - 1), syncs=version):
                 schedule.audited(cost_seconds=3.0, rollout_seconds=16.0 * (version - 1))
     [record] = caplog.records
     # 3 s are 5% of 60 s; 16 s so far over two syncs are 8 s a sync

@@ -75,12 +75,15 @@ def make_policy(folder, case, dtype=torch.float32):
     return model if config is None else get_peft_model(model, config)
 
 
+def trainer_on(engine_process, case, **settings):
+    transport, folder = engine_process
+    policy, engine = make_policy(folder, case), RemoteEngine(transport)
+    return policy, engine, WeightSync(policy, engine, PROBE, **settings)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_every_method_arrives_whole_in_every_worker(engine_process, case):
-    transport, folder = engine_process
-    engine = RemoteEngine(transport)
-    policy = make_policy(folder, case)
-    sync = WeightSync(policy, engine, PROBE, probe_every=1)
+    policy, engine, sync = trainer_on(engine_process, case, probe_every=1)
     for step in range(3):
         perturb_trained(policy, 0.1, seed=step)
         report = sync.sync()
@@ -94,10 +97,7 @@ def test_every_method_arrives_whole_in_every_worker(engine_process, case):
 
 @pytest.mark.parametrize("adapter", MORE_METHODS)
 def test_the_other_methods_arrive_too(engine_process, adapter):
-    transport, folder = engine_process
-    engine = RemoteEngine(transport)
-    policy = make_policy(folder, adapter)
-    sync = WeightSync(policy, engine, PROBE, probe_every=1)
+    policy, engine, sync = trainer_on(engine_process, adapter, probe_every=1)
     sync.sync()
     before = engine.prompt_logprobs(PROBE)
     perturb_trained(policy, 0.1, seed=0)
@@ -123,12 +123,10 @@ def test_a_policy_of_another_base_is_refused(engine_process, tmp_path):
 @pytest.mark.parametrize("case", ["fura, what tensor parallelism cuts by columns", "fura"])
 def test_one_worker_left_behind_is_named_by_the_audit(engine_process, case):
     """The last worker stages and acknowledges, and writes nothing; another's fresh share must not vouch for it."""
-    transport, folder = engine_process
-    engine = RemoteEngine(transport)
-    policy = make_policy(folder, case)
-    sync = WeightSync(policy, engine, PROBE, probe_every=100)
+    policy, engine, sync = trainer_on(engine_process, case, probe_every=100)
     sync.sync()
     perturb_trained(policy, 0.1, seed=0)
+    transport = engine.transport
     transport.call("forget_writes", rank=len(transport.call("fura_status")) - 1)
     try:
         with pytest.raises(StaleEngineError, match=r"audit: (4 of 4|14 of 14) modules "):
@@ -141,10 +139,7 @@ def test_one_worker_left_behind_is_named_by_the_audit(engine_process, case):
 
 def test_a_sync_that_is_dropped_is_named_by_the_audit(engine_process, monkeypatch):
     """The second sync is acknowledged and dropped: what the audit finds in the kernels is the version before."""
-    transport, folder = engine_process
-    engine = RemoteEngine(transport)
-    policy = make_policy(folder, "fura")
-    sync = WeightSync(policy, engine, PROBE, probe_every=100)
+    policy, engine, sync = trainer_on(engine_process, "fura", probe_every=100)
     sync.sync()
     perturb_trained(policy, 0.1, seed=0)
     monkeypatch.setattr(engine, "_deliver", lambda message: {"stage": 0.0, "commit": 0.0})

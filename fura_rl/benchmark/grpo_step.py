@@ -74,7 +74,7 @@ def measure_method(settings: Settings, method: str) -> dict[str, Any]:
         optimizer.zero_grad(set_to_none=True)
 
     if method != "full":
-        move(policy)
+        measure.move(policy)
     sequences = rollout()
     check_logprobs(settings, method, policy, sequences[:1], length)
     measure.release(settings.device)
@@ -103,14 +103,6 @@ def completion_logprobs(model: nn.Module, sequences: torch.Tensor, length: int) 
     """Log-probs (sequences, length), in float32, of the last `length` tokens of each."""
     logits = model(input_ids=sequences, logits_to_keep=length + 1).logits[:, :-1]
     return logits.float().log_softmax(-1).gather(-1, sequences[:, -length:, None])[..., 0]
-
-
-@torch.no_grad()
-def move(policy: nn.Module) -> None:
-    """Move the adapters as training would: at their start their products are zero, and some are skipped."""
-    for parameter in policy.parameters():
-        if parameter.requires_grad:
-            parameter.add_(0.02 * torch.randn_like(parameter))
 
 
 # ---- the check of what is measured

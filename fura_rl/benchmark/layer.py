@@ -47,10 +47,7 @@ def moved_contenders(settings: Settings, shape: tuple[int, int]) -> dict[str, nn
             print(f"layer: {name} left out: {error}", flush=True)
             del contenders[name]
             continue
-        with torch.no_grad():
-            for parameter in layer.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.02 * torch.randn_like(parameter))
+        measure.move(layer)
     expected = nn.functional.linear(x.float(), contenders["fura"].folded_weight(["default"]))
     measure.check("fura after a step", contenders["fura"](x).detach(), expected, settings.dtype)
     return contenders

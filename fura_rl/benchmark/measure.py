@@ -51,6 +51,14 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+@torch.no_grad()
+def move(module: nn.Module) -> None:
+    """Move its adapters as training would: at their start their products are zero, and some are skipped."""
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.02 * torch.randn_like(parameter))
+
+
 def interleaved_medians(
     contenders: dict[str, Callable[[], Any]], settings: Settings, warm_up: int = 1
 ) -> dict[str, float]:

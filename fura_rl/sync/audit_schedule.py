@@ -35,32 +35,27 @@ class AuditSchedule:
         self.every = every
         self._cost_seconds: float | None = None  # of the last audit
         self._rollouts_then = 0.0  # in total, at the last audit
-        self._syncs_since = 0
         self._told = False
 
-    def due(self, version: int, first: bool, rollout_seconds: float) -> bool:
-        """Whether the sync after `version` is audited; always the `first` of a policy that nothing is proved of.
-
-        To be asked once a sync.
-        """
+    def due(self, version: int, first: bool, rollout_seconds: float, syncs: int) -> bool:
+        """Whether the sync after `version`, the last of so many `syncs` since an audit, is audited; always the `first`
+        of a policy that nothing is proved of."""
         if self.every is not None:
             return self.every > 0 and (first or version % self.every == 0)
-        self._syncs_since += 1
         if first or self._cost_seconds is None:
             return True
         since = rollout_seconds - self._rollouts_then
         due = pays(self._cost_seconds, since)
         if not due and since > 0 and not self._told:
-            self._tell(since)
+            self._tell(since / syncs)
         return due
 
     def audited(self, cost_seconds: float, rollout_seconds: float) -> None:
         """Note that the sync was audited, and what that cost."""
-        self._cost_seconds, self._rollouts_then, self._syncs_since = cost_seconds, rollout_seconds, 0
+        self._cost_seconds, self._rollouts_then = cost_seconds, rollout_seconds
 
-    def _tell(self, since: float) -> None:
+    def _tell(self, per_sync: float) -> None:
         self._told = True
-        per_sync = since / self._syncs_since
         logger.warning(
             "weight sync: an audit of the engine takes %.2f s, more than %.0f%% of the %.2f s of rollouts between two "
             "syncs: one in %d syncs is audited; sync_audit_every=1 audits each",

@@ -198,7 +198,7 @@ class RemoteEngine:
             "owner": self.owner,
             "lease_seconds": self.transport.lease_seconds,
             "tensors": {name: list(shape) for name, shape in tensors.items()},
-            "base_samples": {name: sample for name, sample in base_samples.items() if sample},
+            "base_samples": dict(base_samples),
         }
         lease = self.transport.lease_seconds
         deadline = time.monotonic() + (lease if lease < float("inf") else 0.0)

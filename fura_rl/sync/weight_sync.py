@@ -162,7 +162,7 @@ class WeightSync:
         return {
             name: base_sample(self._checkpoint_read(weight), weight.local_rows, (*weight.shape, 1)[1])
             for name, weight in self.weights.items()
-            if weight.layer is not None or (len(weight.shape) < 3 and not weight.trained and weight.quantized is None)
+            if len(weight.shape) < 3 and (weight.layer is not None or (not weight.trained and weight.quantized is None))
             if weight.local_rows[0] < weight.local_rows[1]
         }
 
@@ -187,7 +187,10 @@ class WeightSync:
         ]
         # of a policy in pieces every process audits the rows it holds, else the one that speaks to the engine all
         shared = any(is_piece(weight.parameter) for weight in self.weights.values())
-        audited = decided_by_the_first(lambda: self.audits.due(self.version, self._unproved, self.rollout_seconds()))
+        self._syncs_since_audit += 1
+        audited = decided_by_the_first(
+            lambda: self.audits.due(self.version, self._unproved, self.rollout_seconds(), self._syncs_since_audit)
+        )
         watch = UpdateWatch(
             self.audit if audited else None,  # what the engine must compute is noted anew at the next audit
             self.engine.dtype,
@@ -200,7 +203,6 @@ class WeightSync:
         # before the push: where policy and engine share their storage, the policy's forward would undo it
         expected = self.score(self.model, self.probe_token_ids) if probed else None
         clock.append(time.perf_counter())
-        self._syncs_since_audit += 1
         with failing_together():
             push = self._push(chosen, watch, shared)
         clock.append(time.perf_counter())
