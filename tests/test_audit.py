@@ -61,7 +61,8 @@ def base():
 
 
 def expect(audit, weight, base, name="layer"):
-    audit.expect(name, weight, base, sample_spans((0, weight.shape[0])))
+    base = None if base is None else base[None]
+    audit.expect([name], weight[None], base, sample_spans((0, weight.shape[0])))
 
 
 def test_gain_is_1_for_the_new_weight_0_for_the_old_and_what_lies_between(base):
@@ -151,7 +152,7 @@ def test_a_fresh_layer_is_never_near_stale_however_small_an_update_is_audited(ro
                 expected, held = new, ((bits + torch.randint_like(bits, 2**16)) & -(2**16)).view(torch.float32)
             audit = KernelAudit()
             roundings = ROUNDINGS_PER_UPDATE if rounding == "nearest" else ROUNDINGS_PER_DRAW
-            audit.expect("layer", expected, base, sample_spans((0, 64)), roundings)
+            audit.expect(["layer"], expected[None], base[None], sample_spans((0, 64)), roundings)
             if found := audit.gains(Matrices(torch.bfloat16, layer=held)):
                 break
         assert audit.gains(Matrices(torch.bfloat16, layer=base))["layer"] < 0.25, "the old weight is still told"

@@ -12,7 +12,7 @@ from fura_rl.adapters.registry import peft_config_for
 from fura_rl.config import parse_arguments
 from fura_rl.run import finish, prepare_run, train
 from fura_rl.sync.factors import fold_slice
-from fura_rl.sync.fold import checkpoint_weights, slices_of
+from fura_rl.sync.fold import BaseSlices, checkpoint_weights
 from fura_rl.sync.single_copy import SingleCopyEngine
 from fura_rl.sync.vllm_model import PoisonedEngineError
 from fura_rl.sync.weight_sync import WeightSync
@@ -88,7 +88,7 @@ def test_a_fold_in_place_is_the_fold_into_another_tensor(bfloat16_checkpoint, ad
             pristine, (rows, columns) = base[weight.name], weight.shape
             expected = torch.empty_like(pristine)
             weight.parameter.data, live = pristine, weight.parameter.data  # DoRA's scale is that of its base
-            fold_slice(slices_of(pristine), weight.factors(), (0, rows), (0, columns), expected)
+            fold_slice(BaseSlices(pristine), weight.factors(), (0, rows), (0, columns), expected)
             weight.parameter.data = live
             assert torch.equal(live, expected), weight.name
 

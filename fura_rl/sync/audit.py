@@ -84,22 +84,23 @@ class KernelAudit:
 
     def expect(
         self,
-        name: str,
+        names: Sequence[str],
         delivered: torch.Tensor,
         base: torch.Tensor | None,
         spans: list[Span],
         roundings: float = ROUNDINGS_PER_UPDATE,
     ) -> None:
-        """Note what the kernel of weight `name` must compute once it holds `delivered`.
+        """Note what the kernels of the weights `names` must compute once they hold `delivered`.
 
-        `delivered` (features, in) and `base`, the weight that the engine started from, are given at the output
-        features `spans`.  `base` is needed where `starts_at` says so; without it that sync of the layer cannot be
-        audited.  `roundings` as in `expect_reply`.
+        `delivered` (weights, features, in) and `base`, the weights that the engine started from, are given at the
+        output features `spans`.  `base` is needed where `starts_at` says so; without it that sync of the layer cannot
+        be audited.  `roundings` as in `expect_reply`.
         """
-        x = probe_vectors(delivered.shape[1], delivered.device)
-        counts = base is not None and self.starts_at(name, spans)
-        base_reply = product(base.to(delivered.dtype), x) if counts else None
-        self.expect_reply(name, product(delivered, x), base_reply, spans, roundings)
+        x = probe_vectors(delivered.shape[-1], delivered.device)
+        counts = base is not None and any(self.starts_at(name, spans) for name in names)
+        base_replies = products(base.to(delivered.dtype), x) if counts else [None] * len(names)
+        for name, reply, base_reply in zip(names, products(delivered, x), base_replies, strict=True):
+            self.expect_reply(name, reply, base_reply, spans, roundings)
 
     def expect_reply(
         self,
@@ -293,6 +294,6 @@ def tokens_of_experts(vectors: torch.Tensor, experts: Iterable[int]) -> tuple[to
     return vectors.repeat(len(chosen), 1), chosen.repeat_interleave(len(vectors))[:, None]
 
 
-def product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """x W^T (VECTORS, out) in float32."""
-    return x @ weight.float().mT
+def products(weights: torch.Tensor, x: torch.Tensor) -> Sequence[torch.Tensor]:
+    """x W^T (VECTORS, out) in float32 for each of `weights` (weights, out, in)."""
+    return (weights.float() @ x.mT).mT.contiguous().unbind()

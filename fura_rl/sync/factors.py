@@ -9,11 +9,13 @@ Notation: W (out, in) the pristine base weight, W' the adapted one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from fura_rl.adapters.blocks import plus_identity
 from fura_rl.sync.rounding import round_weight
 
 Span = tuple[int, int]  # a half-open range of rows or columns
@@ -21,7 +23,7 @@ Read = Callable[[Span, Span], torch.Tensor]  # a slice of W by (rows, columns), 
 
 # Of a weight in 32 bits on a CPU, so many bytes are folded at once: few enough products to wait for each, and a
 # product small enough to be added while it is in cache (measured; a smaller or larger piece is up to a fifth slower).
-CPU_PIECE_BYTES = 8 * 2**20
+CPU_PIECE_BYTES = 2 * 2**20
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,9 @@ class Rule:
     """`fold(base, tensors, rows, columns, out)` writes W'[rows, columns] into `out`.
 
     `widen(tensors, rows, columns)` are the rows and columns of W that it needs, which are the ones that `base` holds.
-    `fold` writes in the dtype of `out`, and accumulates in float32 or wider.  `by_row` names the tensors with a row for
-    every row of W; None where a row of W' takes more than the same row of W.
+    `fold` writes in the dtype of `out`, and accumulates in float32 or wider.  Where `base`, `tensors` and `out` have a
+    dimension in front, it folds so many weights at once.  `by_row` names the tensors with a row for every row of W;
+    None where a row of W' takes more than the same row of W.
     """
 
     names: tuple[str, ...]
@@ -79,32 +82,33 @@ def fold_slice(
     out.copy_(round_weight(exact, out.dtype, generator) if rounds_apart else exact)
 
 
-def fold_rows(
-    read: Read | None,
-    base: torch.Tensor | None,
-    factors: Factors,
-    spans: Sequence[Span],
-    out: torch.Tensor,
-    generator: torch.Generator | None = None,
-) -> None:
-    """Write W'[spans] into `out` (rows, in), one span of rows after another.
+@functools.lru_cache(maxsize=256)
+def row_index(spans: tuple[Span, ...], device: torch.device) -> torch.Tensor:
+    """The rows of `spans`, one span after another; to be read only."""
+    return torch.cat([torch.arange(*span) for span in spans]).to(device)
 
-    `base` is W[spans], of which one fold is made; where a rule needs further rows, `read` is asked for each span.  Both
-    are None for a dense weight.
+
+def cut_to_rows(read: Read | None, factors: Factors, spans: tuple[Span, ...], columns: int) -> Factors:
+    """What folds the rows `spans` of W, one span after another, and nothing else.
+
+    Where a rule needs further rows, `read` is asked for them, and the rows come back folded, in float32 or wider.
     """
-    columns = 0, out.shape[1]
     by_row = RULES[factors.rule].by_row
-    sizes = [last - first for first, last in spans]
-    if by_row is None:
-        for span, part in zip(spans, out.split(sizes), strict=True):
-            fold_slice(read, factors, span, columns, part, generator)
-        return
+    if by_row is not None:
+        cut = {name: t[row_index(spans, t.device)] if name in by_row else t for name, t in factors.tensors.items()}
+        return Factors(factors.rule, cut)
+    some = next(iter(factors.tensors.values()))
+    dtype = torch.promote_types(some.dtype, torch.float32)
+    folded = torch.empty(sum(last - first for first, last in spans), columns, dtype=dtype, device=some.device)
+    for span, part in zip(spans, folded.split([last - first for first, last in spans]), strict=True):
+        fold_slice(read, factors, span, (0, columns), part)
+    return Factors("dense", {"weight": folded})
 
-    def gathered(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.cat([tensor[slice(*span)] for span in spans])
 
-    tensors = {name: gathered(tensor) if name in by_row else tensor for name, tensor in factors.tensors.items()}
-    fold_slice(lambda *_: base, Factors(factors.rule, tensors), (0, sum(sizes)), columns, out, generator)
+def stacked(several: Sequence[Factors]) -> Factors:
+    """Factors of one rule and of equal shapes, to be folded at once."""
+    names = several[0].tensors
+    return Factors(several[0].rule, {name: torch.stack([one.tensors[name] for one in several]) for name in names})
 
 
 def _same(tensors: Mapping[str, torch.Tensor], rows: Span, columns: Span) -> tuple[Span, Span]:
@@ -118,7 +122,7 @@ def _cut(span: Span, width: int) -> Span:
 
 def _fold_dense(base: None, tensors: Mapping[str, torch.Tensor], rows: Span, columns: Span, out: torch.Tensor) -> None:
     weight = tensors["weight"]
-    out.copy_(weight[slice(*rows)] if weight.ndim == 1 else weight[slice(*rows), slice(*columns)])
+    out.copy_(weight[slice(*rows)] if weight.ndim == 1 else weight[..., slice(*rows), slice(*columns)])
 
 
 def _widen_columns(tensors: Mapping[str, torch.Tensor], rows: Span, columns: Span) -> tuple[Span, Span]:
@@ -131,7 +135,8 @@ def _fold_block_columns(
     """W'_i = W_i + W_i D_i; only the blocks that the columns touch."""
     update = tensors["update"]
     wide = _cut(columns, update.shape[-1])
-    _add_block_product(base, update[wide[0] // update.shape[-1] : wide[1] // update.shape[-1]], out, wide, columns)
+    blocks = slice(wide[0] // update.shape[-1], wide[1] // update.shape[-1])
+    _add_block_product(base, update[..., blocks, :, :], out, wide, columns)
 
 
 def _widen_rows(tensors: Mapping[str, torch.Tensor], rows: Span, columns: Span) -> tuple[Span, Span]:
@@ -153,15 +158,18 @@ def _fold_block_rows(
 def _add_block_product(base: torch.Tensor, update: torch.Tensor, out: torch.Tensor, wide: Span, columns: Span) -> None:
     """out = (base + base blockdiag(update)), cut from the columns `wide` that base holds to `columns`."""
     update = update.to(base.dtype)
-    n, b, _ = update.shape
+    n, b = update.shape[-3:-1]
+    if out.dtype == base.dtype == torch.float32 and wide == columns and out.stride(-2) == 1 != out.stride(-1):
+        _write_transposed_product(base.mT, plus_identity(update).mT, out.mT)
+        return
     whole = out if wide == columns and out.stride(-1) == 1 and out.dtype == base.dtype else torch.empty_like(base)
-    if base.device.type == "cpu" and base.dtype.itemsize > 2:
+    if base.ndim > 2 or (base.device.type == "cpu" and base.dtype.itemsize > 2):
         # one batched product per piece: `baddbmm` into a strided tensor is a product per block, and a wait for each
-        piece = max(1, CPU_PIECE_BYTES // (base.shape[1] * base.itemsize))
-        for part, target in zip(base.split(piece), whole.split(piece), strict=True):
-            columns_of_part = part.unflatten(1, (n, b))
-            product = torch.bmm(columns_of_part.transpose(0, 1), update).transpose(0, 1)
-            torch.add(columns_of_part, product, out=target.unflatten(1, (n, b)))
+        piece = max(1, CPU_PIECE_BYTES // (base.shape[-1] * base.itemsize))
+        for part, target in zip(base.split(piece, dim=-2), whole.split(piece, dim=-2), strict=True):
+            columns_of_part = part.unflatten(-1, (n, b))
+            product = torch.matmul(columns_of_part.transpose(-3, -2), update).transpose(-3, -2)
+            torch.add(columns_of_part, product, out=target.unflatten(-1, (n, b)))
     else:
         whole.copy_(base)
         blocks = whole.unflatten(1, (n, b)).transpose(0, 1)
@@ -170,15 +178,30 @@ def _add_block_product(base: torch.Tensor, update: torch.Tensor, out: torch.Tens
         out.copy_(whole[:, columns[0] - wide[0] : columns[1] - wide[0]])
 
 
+def _write_transposed_product(base: torch.Tensor, matrices: torch.Tensor, out: torch.Tensor) -> None:
+    """out_i = matrices_i base_i for row blocks i of base and out, in float32: a product that nothing is added to.
+
+    I + D loses no more of D than the rounding of the result does, and nothing where D is 0.
+    """
+    n, b, _ = matrices.shape
+    blocks, target = base.unflatten(0, (n, b)), out.unflatten(0, (n, b))
+    if target.is_contiguous():
+        torch.bmm(matrices, blocks, out=target)
+        return
+    piece = max(1, CPU_PIECE_BYTES // (b * out.shape[1] * out.itemsize))
+    for part, some, there in zip(matrices.split(piece), blocks.split(piece), target.split(piece), strict=True):
+        there.copy_(torch.bmm(part, some))
+
+
 def _fold_low_rank(
     base: torch.Tensor, tensors: Mapping[str, torch.Tensor], rows: Span, columns: Span, out: torch.Tensor
 ) -> None:
     """W' = W + up down."""
-    up, down = tensors["up"][slice(*rows)].to(base.dtype), tensors["down"][:, slice(*columns)].to(base.dtype)
+    up, down = _low_rank_slice(tensors, rows, columns, base.dtype)
     if out.dtype == base.dtype and out.is_contiguous():
-        torch.addmm(base, up, down, out=out)
+        _add_product(base, up, down, out=out)
     else:
-        out.copy_(torch.addmm(base, up, down))
+        out.copy_(_add_product(base, up, down))
 
 
 def _fold_scaled_low_rank(
@@ -186,8 +209,8 @@ def _fold_scaled_low_rank(
 ) -> None:
     """W' = diag(scale) (W + up down); the trainer computes `scale`, so that no shard needs a norm over whole rows."""
     wide = torch.promote_types(base.dtype, torch.float32)
-    up, down = tensors["up"][slice(*rows)].to(wide), tensors["down"][:, slice(*columns)].to(wide)
-    out.copy_(torch.addmm(base.to(wide), up, down).mul_(tensors["scale"][slice(*rows), None].to(wide)))
+    up, down = _low_rank_slice(tensors, rows, columns, wide)
+    out.copy_(_add_product(base.to(wide), up, down).mul_(tensors["scale"][..., slice(*rows), None].to(wide)))
 
 
 def _fold_hadamard(
@@ -195,8 +218,20 @@ def _fold_hadamard(
 ) -> None:
     """W' = W + W * (up down), entry by entry."""
     wide = torch.promote_types(base.dtype, torch.float32)
-    product = tensors["up"][slice(*rows)].to(wide) @ tensors["down"][:, slice(*columns)].to(wide)
-    out.copy_(torch.addcmul(base.to(wide), base.to(wide), product))
+    up, down = _low_rank_slice(tensors, rows, columns, wide)
+    out.copy_(torch.addcmul(base.to(wide), base.to(wide), up @ down))
+
+
+def _low_rank_slice(
+    tensors: Mapping[str, torch.Tensor], rows: Span, columns: Span, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return tensors["up"][..., slice(*rows), :].to(dtype), tensors["down"][..., slice(*columns)].to(dtype)
+
+
+def _add_product(
+    base: torch.Tensor, up: torch.Tensor, down: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    return (torch.addmm if base.ndim == 2 else torch.baddbmm)(base, up, down, out=out)
 
 
 RULES: dict[str, Rule] = {

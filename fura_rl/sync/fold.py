@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper
@@ -19,7 +19,7 @@ from torch import nn
 
 from fura_rl.adapters.fura_layer import FuraLinear
 from fura_rl.adapters.quantized import dequantized_weight, holds_packed_weight
-from fura_rl.sync.factors import Factors, Read, Span, fold_slice
+from fura_rl.sync.factors import Factors, Read, Span, cut_to_rows, fold_slice, row_index
 from fura_rl.sync.fold_rules import merge_order, small_factors
 from fura_rl.sync.sharding import gathered, is_piece, local, local_rows, whole, whole_shape
 
@@ -72,7 +72,7 @@ class CheckpointWeight:
 
     def read(self) -> Read:
         """Slices of the pristine base value, without a copy where it is neither quantized nor sharded."""
-        return slices_of(whole(pristine_weight(self)))
+        return BaseSlices(whole(pristine_weight(self)))
 
     @property
     def local_rows(self) -> Span:
@@ -81,9 +81,9 @@ class CheckpointWeight:
             return 0, 0
         return local_rows(pristine_weight(self))
 
-    def read_local(self) -> Read:
+    def read_local(self) -> BaseSlices:
         """Slices of the pristine base value within `local_rows`, gathered from nobody."""
-        return slices_of(local(pristine_weight(self)), first_row=self.local_rows[0])
+        return BaseSlices(local(pristine_weight(self)), self.local_rows[0])
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """The parameters with gradients that its value is made of."""
@@ -100,14 +100,37 @@ class CheckpointWeight:
             return folded_weight(self.layer)
 
 
-def slices_of(base: torch.Tensor, first_row: int = 0) -> Read:
-    """Reads slices of `base`, whose first row is row `first_row` of the weight."""
+@dataclass(frozen=True)
+class BaseSlices:
+    """Reads slices of `base`, whose first row is row `first_row` of the weight: a `factors.Read`.
 
-    def slices(rows: Span, columns: Span) -> torch.Tensor:
-        part = base[rows[0] - first_row : rows[1] - first_row]
-        return part[:, slice(*columns)] if base.ndim == 2 else part
+    `start` is what brings `base` to the checkpoint's value, where making the adapter moved it away.
+    """
 
-    return slices
+    base: torch.Tensor
+    first_row: int = 0
+    start: Factors | None = None
+
+    def __call__(self, rows: Span, columns: Span) -> torch.Tensor:
+        if self.start is None:
+            part = self.base[rows[0] - self.first_row : rows[1] - self.first_row]
+            return part[:, slice(*columns)] if self.base.ndim == 2 else part
+        return self._started(replace(self, start=None), self.start, rows, columns)
+
+    def rows(self, spans: tuple[Span, ...]) -> torch.Tensor:
+        """Those of all columns, one span after another, as a copy."""
+        here = tuple((first - self.first_row, last - self.first_row) for first, last in spans)
+        picked, columns = self.base[row_index(here, self.base.device)], self.base.shape[1]
+        if self.start is None:
+            return picked
+        cut = cut_to_rows(self, self.start, spans, columns)
+        return self._started(lambda *_: picked, cut, (0, len(picked)), (0, columns))
+
+    @staticmethod
+    def _started(read: Read, start: Factors, rows: Span, columns: Span) -> torch.Tensor:
+        out = torch.empty(rows[1] - rows[0], columns[1] - columns[0], device=start.tensors["up"].device)
+        fold_slice(read, start, rows, columns, out)
+        return out
 
 
 def checkpoint_weights(model: nn.Module) -> list[CheckpointWeight]:

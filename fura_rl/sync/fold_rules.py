@@ -46,8 +46,9 @@ def lora_factors(layer: LoraLayer, names: list[str]) -> Factors | None:
     transposed = getattr(layer, "fan_in_fan_out", False)
     if not set(names) <= set(layer.lora_A) or transposed or (variants and (not dora or len(names) > 1)):
         return None
-    up = torch.cat([layer.scaling[name] * _float(layer.lora_B[name].weight) for name in names], dim=1)
-    down = torch.cat([_float(layer.lora_A[name].weight) for name in names])
+    ups = [layer.scaling[name] * _float(layer.lora_B[name].weight) for name in names]
+    downs = [_float(layer.lora_A[name].weight) for name in names]
+    up, down = (ups[0], downs[0]) if len(names) == 1 else (torch.cat(ups, dim=1), torch.cat(downs))
     if not dora:
         return Factors("low_rank", {"up": up, "down": down})
     norm = by_rows(

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from fura_rl.sync.audit import ROUNDINGS_PER_DRAW, ROUNDINGS_PER_UPDATE, KernelAudit, sample_spans
 from fura_rl.sync.engine import rounding_generator
-from fura_rl.sync.factors import Factors, Read, Span, fold_rows
-from fura_rl.sync.fold import CheckpointWeight
+from fura_rl.sync.factors import Factors, Span, cut_to_rows, fold_slice, stacked
+from fura_rl.sync.fold import BaseSlices, CheckpointWeight
+from fura_rl.sync.rounding import round_weight
+
+WAITING_BYTES = 32 * 2**20
 
 
 class UpdateCosine:
@@ -34,8 +39,36 @@ class UpdateCosine:
         return dot / (exact_square * delivered_square) ** 0.5
 
 
+@dataclass(frozen=True)
+class RowSample:
+    """Rows of one trained weight on its way: of its base value, where that is at hand, and what folds them."""
+
+    name: str
+    spans: list[Span]
+    base: torch.Tensor | None  # (rows, in)
+    factors: Factors
+    rounding_seed: int | None
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for samples that can be folded at once."""
+        tensors = {"base": self.base} if self.base is not None else {}
+        tensors |= self.factors.tensors
+        return (
+            *(self.factors.rule, tuple(self.spans), self.rounding_seed),
+            *((name, t.shape, t.dtype, t.device) for name, t in tensors.items()),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return self.factors.nbytes + (0 if self.base is None else self.base.nbytes)
+
+
 class UpdateWatch:
     """Looks at a sample of every trained weight on its way: what the audit must see, and what rounding leaves of it.
+
+    Weights of one shape are looked at together, since it is mostly the number of small operations that it costs; no
+    more of them than WAITING_BYTES.
 
     Args:
         audit: is told what the kernel of each weight must compute; None for no audit.
@@ -49,7 +82,7 @@ class UpdateWatch:
         self,
         audit: KernelAudit | None,
         dtype: torch.dtype,
-        read: Callable[[CheckpointWeight], Read],
+        read: Callable[[CheckpointWeight], BaseSlices],
         processes: int,
         looks: bool,
     ) -> None:
@@ -59,54 +92,88 @@ class UpdateWatch:
         self.audit_seconds = 0.0  # the part of them that the cosine would not have taken
         self._audit, self._dtype, self._read = audit, dtype, read
         self._processes, self._looks = processes, looks
+        self._rounds = dtype.itemsize < 4
         self._seen: set[str] = set()
+        self._waiting: dict[Hashable, list[RowSample]] = {}
 
     def saw(self, weight: CheckpointWeight) -> bool:
         return weight.name in self._seen
 
     @torch.no_grad()
     def note(self, weight: CheckpointWeight, factors: Factors, rounding_seed: int | None) -> None:
-        """Fold the sampled rows of one weight as the engine will, and exactly."""
+        """Keep a sample of the rows of one weight, to be folded as the engine will, and exactly."""
         if self.saw(weight):
             return
         self._seen.add(weight.name)
-        rounds = self._dtype.itemsize < 4
-        nobody_asks = self._audit is None and not rounds
+        nobody_asks = self._audit is None and not self._rounds
         if nobody_asks or not self._looks or len(weight.shape) != 2 or not weight.trained:
             return
-        started = time.perf_counter()
         spans = sample_spans(whole_blocks(weight.local_rows, factors), self._processes)
-        columns = 0, weight.shape[1]
         if not spans:
             return
-        read = self._read(weight) if weight.layer is not None else None
-        base = None if read is None else torch.cat([read(span, columns) for span in spans])
-        device = next(iter(factors.tensors.values())).device
-        options = {"device": device, "size": (sum(last - first for first, last in spans), columns[1])}
+        with self._timed():
+            read = self._read(weight) if weight.layer is not None else None
+            base = None if read is None else read.rows(tuple(spans))
+            cut = cut_to_rows(read, factors, tuple(spans), weight.shape[1])
+            sample = RowSample(weight.name, spans, base, cut, rounding_seed)
+            self._waiting.setdefault(sample.kind, []).append(sample)
+            sizes = {kind: sum(one.nbytes for one in samples) for kind, samples in self._waiting.items()}
+            if sum(sizes.values()) > WAITING_BYTES:
+                self._look_at(self._waiting.pop(max(sizes, key=sizes.get)))
 
-        def rows(base: torch.Tensor | None, dtype: torch.dtype, seed: int | None = None) -> torch.Tensor:
-            out = torch.empty(dtype=dtype, **options)
-            fold_rows(read, base, factors, spans, out, rounding_generator(seed, weight.name, device))
-            return out
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Look at what waits for more of its shape."""
+        with self._timed():
+            for samples in self._waiting.values():
+                self._look_at(samples)
+            self._waiting.clear()
 
-        delivered = rows(base, self._dtype, rounding_seed)
-        exact = delivered = delivered.to(torch.promote_types(self._dtype, torch.float32))
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        taken = time.perf_counter() - started
+        self.seconds += taken
+        if not self._rounds:  # then there is no cosine to take
+            self.audit_seconds += taken
+
+    def _look_at(self, samples: list[RowSample]) -> None:
+        """Fold samples of one kind, exactly and rounded to the engine's dtype."""
+        factors = stacked([sample.factors for sample in samples])
+        base = None if samples[0].base is None else torch.stack([sample.base for sample in samples])
+        start = factors.tensors["weight"] if base is None else base
+        start = start.to(torch.promote_types(start.dtype, torch.float32))
+        exact = torch.empty_like(start)
+        rows, columns = ((0, size) for size in exact.shape[1:])
+        fold_slice(lambda *_: start, factors, rows, columns, exact)
+        delivered, drawn = exact, False
         served = None if base is None else base.to(self._dtype)
-        if rounds and base is not None:
-            wide = base.to(torch.promote_types(base.dtype, torch.float32))
-            exact = rows(wide, wide.dtype)
-            self.cosine.add(exact - wide, delivered - served)
-        elif rounds:
-            self.all_bases_kept = False
-        noted = time.perf_counter()
+        if self._rounds:
+            drawn = samples[0].rounding_seed is not None
+            delivered = self._rounded(exact, samples)
+            if base is None:
+                self.all_bases_kept = False
+            else:
+                self.cosine.add(exact - start, delivered - served)
         if self._audit is not None:
-            drawn = rounding_seed is not None and rounds  # the engine's draw of each weight is not repeated row by row
+            noted = time.perf_counter()
             roundings = ROUNDINGS_PER_DRAW if drawn else ROUNDINGS_PER_UPDATE
+            # the engine's draw of each weight is not repeated row by row
             expected, at_first = (exact, base) if drawn else (delivered, served)
-            self._audit.expect(weight.name, expected, at_first, spans, roundings)
-        ended = time.perf_counter()
-        self.seconds += ended - started
-        self.audit_seconds += ended - (noted if rounds else started)
+            self._audit.expect([sample.name for sample in samples], expected, at_first, samples[0].spans, roundings)
+            if self._rounds:
+                self.audit_seconds += time.perf_counter() - noted
+
+    def _rounded(self, exact: torch.Tensor, samples: list[RowSample]) -> torch.Tensor:
+        """`exact` as the engine's dtype holds it, in the dtype of `exact`."""
+        if samples[0].rounding_seed is None:
+            return exact.to(self._dtype).to(exact.dtype)
+        rounded = torch.empty_like(exact)
+        for sample, part, target in zip(samples, exact, rounded, strict=True):
+            generator = rounding_generator(sample.rounding_seed, sample.name, exact.device)
+            target.copy_(round_weight(part, self._dtype, generator))
+        return rounded
 
 
 def whole_blocks(rows: Span, factors: Factors) -> Span:

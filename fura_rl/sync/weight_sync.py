@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -20,9 +20,9 @@ from fura_rl.sync.audit import KernelAudit, stale_modules
 from fura_rl.sync.audit_schedule import AuditSchedule
 from fura_rl.sync.engine import LazyFactors, Push, RolloutEngine, Update
 from fura_rl.sync.expert_audit import expert_layers
-from fura_rl.sync.factors import Factors, Read, Span, fold_slice
+from fura_rl.sync.factors import Factors
 from fura_rl.sync.fingerprint import Sample, base_sample
-from fura_rl.sync.fold import CheckpointWeight, checkpoint_weights
+from fura_rl.sync.fold import BaseSlices, CheckpointWeight, checkpoint_weights
 from fura_rl.sync.fold_rules import shifts_its_base, small_factors
 from fura_rl.sync.remote_engine import Follower
 from fura_rl.sync.rounding import ROUNDINGS
@@ -252,6 +252,7 @@ class WeightSync:
                 make(weight)
         phases = dict(push.phases)
         phases["fold"] = max(0.0, phases.get("fold", 0.0) - watch.seconds)
+        watch.finish()
         return Push(push.payload_bytes, phases)
 
     def _expect_of_experts(self) -> None:
@@ -268,19 +269,9 @@ class WeightSync:
         factors, start = weight.factors(), self._starts.get(weight.name)
         return factors if start is None else relative_to_start(factors, start)
 
-    def _checkpoint_read(self, weight: CheckpointWeight) -> Read:
+    def _checkpoint_read(self, weight: CheckpointWeight) -> BaseSlices:
         """This process's rows of the base weight as the checkpoint has it, also where making the adapter moved it."""
-        read, start = weight.read_local(), self._starts.get(weight.name)
-        if start is None:
-            return read
-
-        def unshifted(rows: Span, columns: Span) -> torch.Tensor:
-            device = start.tensors["up"].device
-            out = torch.empty(rows[1] - rows[0], columns[1] - columns[0], device=device)
-            fold_slice(read, start, rows, columns, out)
-            return out
-
-        return unshifted
+        return replace(weight.read_local(), start=self._starts.get(weight.name))
 
     def _audit(self, shared: bool) -> dict[str, float]:
         """The gains of the engine's kernels, all fresh; what is stale is sent once more before the run is stopped.
