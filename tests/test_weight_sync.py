@@ -10,7 +10,8 @@ from trl import ModelConfig
 
 from fura_rl.adapters.fura_tuner import fura_layers
 from fura_rl.adapters.registry import METHODS, peft_config_for
-from fura_rl.sync import audit_schedule, probe
+from fura_rl.sync import audit_schedule, probe, update_watch
+from fura_rl.sync.audit import KernelAudit
 from fura_rl.sync.audit_schedule import AuditSchedule
 from fura_rl.sync.base_weights import BaseWeights
 from fura_rl.sync.remote_engine import Follower
@@ -151,6 +152,29 @@ def test_update_cosine_falls_when_the_engine_dtype_swallows_the_update(engines):
                 torch.nn.init.normal_(parameter, std=scale / parameter.shape[-1] ** 0.5)
         cosines.append(sync.sync().update_cosine)
     assert cosines[0] < 0.6 < 0.95 < cosines[1]
+
+
+def test_weights_that_are_looked_at_one_by_one_look_as_they_do_together(engines, monkeypatch):
+    policy, sync = make_sync(*engines("bfloat16"), "fura", dtype=torch.bfloat16)
+    sizes = []
+    look_at = update_watch.UpdateWatch._look_at
+    monkeypatch.setattr(
+        update_watch.UpdateWatch,
+        "_look_at",
+        lambda watch, samples: look_at(watch, samples) or sizes.append(len(samples)),
+    )
+    found = []
+    perturb_trained(policy, 0.05, seed=1)
+    for waiting_bytes in (update_watch.WAITING_BYTES, 0):
+        monkeypatch.setattr(update_watch, "WAITING_BYTES", waiting_bytes)
+        found.append(sync.sync())
+        sync.audit = KernelAudit()  # the update is counted from the base again
+    assert sizes[-14:] == [1] * 14
+    assert sum(sizes[:-14]) == 14
+    assert len(sizes[:-14]) < 7
+    together, one_by_one = found
+    assert one_by_one.update_cosine == pytest.approx(together.update_cosine, abs=1e-6)
+    assert one_by_one.audit_gain_min == pytest.approx(together.audit_gain_min, abs=1e-6)
 
 
 def test_update_cosine_is_the_cosine():
