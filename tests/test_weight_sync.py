@@ -165,8 +165,8 @@ def test_weights_that_are_looked_at_one_by_one_look_as_they_do_together(engines,
     )
     found = []
     perturb_trained(policy, 0.05, seed=1)
-    for waiting_bytes in (update_watch.WAITING_BYTES, 0):
-        monkeypatch.setattr(update_watch, "WAITING_BYTES", waiting_bytes)
+    for waiting_bytes in (update_watch.CPU_WAITING_BYTES, 0):
+        monkeypatch.setattr(update_watch, "CPU_WAITING_BYTES", waiting_bytes)
         found.append(sync.sync())
         sync.audit = KernelAudit()  # the update is counted from the base again
     assert sizes[-14:] == [1] * 14

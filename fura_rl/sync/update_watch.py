@@ -15,23 +15,27 @@ from fura_rl.sync.factors import Factors, Span, cut_to_rows, fold_slice, stacked
 from fura_rl.sync.fold import BaseSlices, CheckpointWeight
 from fura_rl.sync.rounding import round_weight
 
+# Of samples that wait for more of their shape, so many bytes at most: elsewhere a part of one layer, on a CPU what its
+# cache holds (four times as much costs more than the operations that it saves).
 WAITING_BYTES = 32 * 2**20
+CPU_WAITING_BYTES = 2 * 2**20
 
 
 class UpdateCosine:
-    """Accumulates <exact, delivered> / (|exact| |delivered|) over layers, in float64 and where the layers are."""
+    """Accumulates <exact, delivered> / (|exact| |delivered|) over layers, where the layers are: the products of rows
+    (..., in) in their own dtype, their sum in float64."""
 
     def __init__(self) -> None:
-        self._products: dict[torch.device, torch.Tensor] = {}  # all products of (exact, delivered), (2, 2)
+        self._products: dict[torch.device, torch.Tensor] = {}  # exact exact, exact delivered, delivered delivered
 
     def add(self, exact: torch.Tensor, delivered: torch.Tensor) -> None:
-        both = torch.stack([exact.flatten(), delivered.flatten()]).double()
-        products = both @ both.mT
+        pairs = (exact, exact), (exact, delivered), (delivered, delivered)
+        products = torch.stack([torch.linalg.vecdot(*pair).sum(dtype=torch.float64) for pair in pairs])
         self._products[products.device] = self._products.get(products.device, 0) + products
 
     def value(self) -> float:
-        parts = [torch.zeros(2, 2, dtype=torch.float64), *(part.cpu() for part in self._products.values())]
-        (exact_square, dot), (_, delivered_square) = torch.stack(parts).sum(0).tolist()
+        parts = [torch.zeros(3, dtype=torch.float64), *(part.cpu() for part in self._products.values())]
+        exact_square, dot, delivered_square = torch.stack(parts).sum(0).tolist()
         if exact_square == 0:
             return 1.0
         if delivered_square == 0:
@@ -67,8 +71,7 @@ class RowSample:
 class UpdateWatch:
     """Looks at a sample of every trained weight on its way: what the audit must see, and what rounding leaves of it.
 
-    Weights of one shape are looked at together, since it is mostly the number of small operations that it costs; no
-    more of them than WAITING_BYTES.
+    Weights of one shape are looked at together, since it is mostly the number of small operations that it costs.
 
     Args:
         audit: is told what the kernel of each weight must compute; None for no audit.
@@ -118,7 +121,8 @@ class UpdateWatch:
             sample = RowSample(weight.name, spans, base, cut, rounding_seed)
             self._waiting.setdefault(sample.kind, []).append(sample)
             sizes = {kind: sum(one.nbytes for one in samples) for kind, samples in self._waiting.items()}
-            if sum(sizes.values()) > WAITING_BYTES:
+            on_cpu = next(iter(cut.tensors.values())).device.type == "cpu"
+            if sum(sizes.values()) > (CPU_WAITING_BYTES if on_cpu else WAITING_BYTES):
                 self._look_at(self._waiting.pop(max(sizes, key=sizes.get)))
 
     @torch.no_grad()
