@@ -94,9 +94,10 @@ class RestartableEngine(RemoteEngine):
         super().__init__(transport)
         self._on_restored = on_restored
 
-    def restore(self, timeout: float) -> None:
-        super().restore(timeout)
+    def restore(self, timeout: float) -> dict[str, float]:
+        phases = super().restore(timeout)
         self._on_restored()
+        return phases
 
 
 class VouchedQueue:

@@ -127,7 +127,16 @@ def rollout_server(untied_checkpoint: Path, tmp_path_factory: pytest.TempPathFac
         server.stop()
 
 
-ENGINES = []  # kept to the end: one that is collected takes the process's parallel state down under the next
+ENGINES = []  # kept to the end of a file: one that is collected takes the process's parallel state down under the next
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_inherited_engine() -> Iterator[None]:
+    """Engines end with the file that started them, and so does their process group, which a trainer made later in this
+    process would take for its own."""
+    yield
+    while ENGINES:
+        ENGINES.pop().llm_engine.engine_core.shutdown()
 
 
 def start_llm(folder: Path, dtype: str = "float32", **options: object) -> Any:

@@ -1,6 +1,9 @@
 """An engine's side of a sync, on a live vLLM model: what is refused before a weight is touched, and what is undone."""
 
+import contextlib
+import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -53,8 +56,8 @@ class Trainer:
     def weights(self):
         return {w.name: w for w in checkpoint_weights(self.policy)}
 
-    def claim(self, owner=None, lease_seconds=30.0, change=0.0):
-        shapes = {name: w.shape for name, w in self.weights.items()}
+    def claim(self, owner=None, lease_seconds=30.0, change=0.0, **more_tensors):
+        shapes = {name: w.shape for name, w in self.weights.items()} | more_tensors
         samples = {
             name: [(r, c, v + change) for r, c, v in base_sample(w.read(), (0, w.shape[0]), w.shape[1])]
             for name, w in self.weights.items()
@@ -67,6 +70,12 @@ class Trainer:
 
     def chunks(self, factors=None):
         return list(payload.encode(self.factors() if factors is None else factors, torch.float32))
+
+    def succeeded_by(self, owner):
+        """Another trainer of the same policy."""
+        self.receiver.release(self.owner)
+        self.owner = owner
+        self.claim()
 
     def stage(self, version, chunks, previous=None, owner=None):
         previous = self.receiver.version if previous is None else previous
@@ -185,43 +194,124 @@ def test_another_base_model_is_refused_by_name(trainer):
         trainer.claim(change=0.5)
 
 
-def test_a_commit_that_fails_half_way_is_undone(trainer, monkeypatch):
+@contextlib.contextmanager
+def out_of_memory(*models, times):
+    """So many folds into the second layer of each of `models` fail, with their number."""
+    with pytest.MonkeyPatch.context() as patch:
+        for model in models:
+            patch.setattr(model, "_write_module", failing_first(model._write_module, times))
+        yield
+
+
+def failing_first(write, times):
+    failures = []
+
+    def fail(module, *args):
+        if module.startswith("model.layers.1") and len(failures) < times:
+            failures.append(module)
+            raise MemoryError(f"out of memory in fold {len(failures)}")
+        write(module, *args)
+
+    return fail
+
+
+def test_a_commit_that_fails_half_way_is_undone(trainer):
     trainer.stage(2, trainer.chunks())
     trainer.commit(2)
     before = trainer.logprobs()
     perturb_trained(trainer.policy, 0.2, seed=1)
     trainer.stage(3, trainer.chunks())
-    write, model, failures = trainer.engine.model._write_module, trainer.engine.model, []
-
-    def fail_once(module, *args):
-        if module.startswith("model.layers.1") and not failures:
-            failures.append(module)
-            raise MemoryError("out of memory in a fold")
-        write(module, *args)
-
-    monkeypatch.setattr(model, "_write_module", fail_once)
-    with pytest.raises(MemoryError):
+    with out_of_memory(trainer.engine.model, times=1), pytest.raises(MemoryError):
         trainer.commit(3)
-    assert model.poisoned is None
+    assert trainer.engine.model.poisoned is None
     assert trainer.receiver.version == 2
     assert torch.allclose(trainer.logprobs(), before, atol=1e-6)
 
 
-def test_a_commit_that_cannot_be_undone_leaves_the_engine_refusing_to_generate(trainer, monkeypatch):
+def test_a_commit_that_cannot_be_undone_leaves_the_engine_refusing_to_generate(trainer, caplog):
     trainer.stage(2, trainer.chunks())
-    model = trainer.engine.model
-
-    def fail(module, *args):
-        raise MemoryError("out of memory in a fold")
-
-    monkeypatch.setattr(model, "_write_module", fail)
-    with pytest.raises(MemoryError):
+    with out_of_memory(trainer.engine.model, times=2), pytest.raises(MemoryError, match="fold 1"):
         trainer.commit(2)
+    assert "could not be put back: MemoryError('out of memory in fold 2')" in caplog.text
     assert "interrupted" in trainer.receiver.status()["poisoned"]
-    monkeypatch.undo()
     trainer.stage(2, trainer.chunks())
     trainer.commit(2)
     assert (trainer.logprobs() - expected(trainer.policy)).abs().max() < 1e-5
+
+
+NORM = "model.layers.0.input_layernorm.weight"  # of which FuRA changes nothing
+
+
+def with_norm(trainer):
+    """Two chunks, since those of one are written in no order: the norm first."""
+    return trainer.chunks({NORM: Factors("dense", {"weight": torch.full((64,), 3.0)})}) + trainer.chunks()
+
+
+def test_what_a_trainer_writes_in_a_commit_that_fails_is_undone_where_the_one_before_has_left_it_alone(trainer):
+    trainer.stage(2, trainer.chunks())
+    trainer.commit(2)
+    before = trainer.logprobs()
+    trainer.succeeded_by("other")
+    for _ in range(2):
+        trainer.stage(3, with_norm(trainer))
+        with out_of_memory(trainer.engine.model, times=1), pytest.raises(MemoryError):
+            trainer.commit(3, count=2)
+        assert trainer.engine.model.poisoned is None
+        assert torch.allclose(trainer.logprobs(), before, atol=1e-6)
+    trainer.commit(3, count=2)
+    assert (trainer.logprobs() - before).abs().max() > 1e-2
+    trainer.succeeded_by("a third")
+    trainer.stage(4, trainer.chunks())
+    trainer.commit(4)
+    assert torch.allclose(trainer.logprobs(), before, atol=1e-6)
+
+
+def test_a_failed_commit_over_what_is_no_longer_known_leaves_the_engine_refusing_to_generate(trainer, caplog):
+    for version, chunks in ((2, with_norm(trainer)), (3, trainer.chunks())):
+        trainer.stage(version, chunks)
+        trainer.commit(version, len(chunks))
+    before = trainer.logprobs()
+    trainer.stage(4, with_norm(trainer))
+    with out_of_memory(trainer.engine.model, times=1), pytest.raises(MemoryError):
+        trainer.commit(4, count=2)
+    assert f"version 3 does not hold {NORM}" in caplog.text
+    assert "interrupted" in trainer.receiver.status()["poisoned"]
+    trainer.commit(4, count=2)
+    assert torch.allclose(trainer.logprobs(), before, atol=1e-6)
+    trainer.succeeded_by("other")
+    trainer.stage(5, trainer.chunks())
+    trainer.commit(5)
+    assert (trainer.logprobs() - expected(trainer.policy)).abs().max() < 1e-5
+
+
+def test_a_weight_that_the_engine_has_no_place_for_is_none_that_the_next_trainer_must_put_back(trainer):
+    before = trainer.logprobs()
+    bias = "model.layers.0.self_attn.q_proj.bias"
+    trainer.claim(**{bias: (64,)})
+    trainer.stage(2, trainer.chunks({bias: Factors("dense", {"weight": torch.zeros(64)})}))
+    with pytest.raises(KeyError, match=r"no place for model\.layers\.0\.self_attn\.q_proj\.bias"):
+        trainer.commit(2)
+    assert torch.equal(trainer.logprobs(), before)
+    trainer.succeeded_by("other")
+    trainer.stage(2, trainer.chunks())
+    trainer.commit(2)
+    assert (trainer.logprobs() - expected(trainer.policy)).abs().max() < 1e-5
+
+
+def test_what_is_put_back_is_rounded_as_when_it_was_loaded(engine):
+    """Stochastic rounding is for what is trained."""
+    from fura_rl.sync.vllm_engine import InProcessEngine
+
+    trainer = Trainer(InProcessEngine(start_llm(engine[1], "bfloat16")), engine[1])
+    loaded = trainer.logprobs()
+    trainer.claim()
+    perturb_trained(trainer.policy, 0.2, seed=0)
+    trainer.stage(1, trainer.chunks())
+    trainer.commit(1)
+    trainer.succeeded_by("other")
+    trainer.stage(2, trainer.chunks({NORM: Factors("dense", {"weight": trainer.receiver.base.whole(NORM)})}))
+    trainer.receiver.commit("other", 2, chunk_count=1, rounding_seed=1)
+    assert torch.equal(trainer.logprobs(), loaded)
 
 
 class TwoWorkers(ProcessTransport):
@@ -264,6 +354,12 @@ def test_workers_that_a_failed_commit_left_at_two_versions_are_mended_by_the_nex
     replies = transport.call("fura_status")
     assert [reply["version"] for reply in replies] == [2, 1]
     assert all("could not commit" in reply["poisoned"] for reply in replies)
+    models = [worker.weight_transfer_engine.live for worker in transport.workers]
+    with out_of_memory(*models, times=1), pytest.raises(RemoteSyncError, match="out of memory in fold 1"):
+        sync.sync()
+    replies = transport.call("fura_status")
+    assert [reply["version"] for reply in replies] == [2, 1]
+    assert all(reply["poisoned"] for reply in replies), "each would go back to a version of its own"
     first.close()
     second = RemoteEngine(transport)
     assert WeightSync(policy, second, PROBE, probe_every=1).sync().probe_max_gap < PARITY_NATS
@@ -294,14 +390,40 @@ def test_the_payload_file_of_a_trainer_that_was_killed_is_swept_and_that_of_a_li
     assert not list(tmp_path.iterdir())
 
 
-def test_a_payload_folder_without_room_is_named(tmp_path, monkeypatch):
+def test_a_payload_that_cannot_be_written_for_another_reason_than_room_is_an_error_with_its_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("FURA_SYNC_FOLDER", str(tmp_path))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, hard))
+    try:
+        with pytest.raises(OSError, match=rf"File too large: '{tmp_path}/fura-sync-"), offered(bytes(10**7), "file"):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+def without_fallocate(code):
+    def fail(*_):
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+@pytest.mark.parametrize("code", [None, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])
+def test_a_payload_folder_without_room_is_named(tmp_path, monkeypatch, code):
+    """Before the payload is written, or while it is, in a file system that finds no room beforehand."""
+    if code is not None:
+        monkeypatch.setattr(os, "posix_fallocate", without_fallocate(code))
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount a file system")
     try:
         monkeypatch.setenv("FURA_SYNC_FOLDER", str(tmp_path))
         with (
-            pytest.raises(PayloadFolderError, match=rf"1 MB of weights do not fit into {tmp_path}, which has 0 MB"),
+            pytest.raises(
+                PayloadFolderError,
+                match=rf"1 MB of weights do not fit into {tmp_path}, which has 0 MB free \(No space left on device\)",
+            ),
             offered(bytes(10**6), "file"),
         ):
             pass

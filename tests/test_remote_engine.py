@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fura_rl.sync import payload, remote_engine
+from fura_rl.sync.audit import VECTORS
 from fura_rl.sync.engine import LazyFactors, Update
 from fura_rl.sync.factors import Factors
 from fura_rl.sync.remote_engine import EngineLostError, RemoteEngine, RemoteSyncError, Replicas
@@ -16,20 +17,29 @@ CHUNK = 4096  # of two weights
 
 
 class Worker:
-    """An engine that keeps what is staged and serves what is committed; `faults` are raised at a chunk, once each."""
+    """An engine that keeps what is staged and serves what is committed.
+
+    `faults` are raised once each, at the chunk of that number or the call of that name.
+    """
 
     address, payload_transport, dtype = "the engine", "inline", torch.float32
     lease_seconds, timeout = float("inf"), 5.0
 
     def __init__(self, faults=None):
         self.staged, self.served, self.version = {}, {}, 0
+        self.commits = []
         self.faults = dict(faults or {})
 
     def call(self, method, info=None, **_):
+        if fault := self.faults.pop(method, None):
+            raise fault
+        if method == "fura_replies":
+            return [{"w0": [pack(torch.full((VECTORS,), float(self.version))), pack(torch.ones(VECTORS)), 0.0]}]
         if method == "fura_update" and info.get("commit"):
             assert sorted(self.staged) == list(range(info["chunk_count"]))
             chunks = [payload.decode(*self.staged[index]) for index in sorted(self.staged)]
             self.served, self.version = {name: f for chunk in chunks for name, f in chunk.items()}, info["version"]
+            self.commits.append(self.version)
         elif method == "fura_update":
             if fault := self.faults.pop(info["index"], None):
                 raise fault
@@ -44,21 +54,32 @@ class Worker:
     resume = pause
 
     def stamp(self, version):
-        pass
+        self.call("stamp")
+
+    def prompt_logprobs(self, token_ids):
+        self.call("prompt_logprobs")
+        return torch.full((len(token_ids) - 1,), -float(self.version))
 
     def wait_until_up(self, timeout):
         pass
 
 
+def pack(tensor):
+    return base64.b64encode(tensor.numpy().tobytes()).decode()
+
+
 class Policy:
-    """Whole weights of half a chunk each, made when asked for; `reads` notes which."""
+    """Whole weights of half a chunk each, made when asked for, except `broken` ones; `reads` notes which."""
 
     def __init__(self):
         self.scale = 1.0
         self.reads = []
+        self.broken = ()
 
     def make(self, index):
         self.reads.append(index)
+        if index in self.broken:
+            raise ArithmeticError(f"weight {index} is broken")
         return Factors("dense", {"weight": torch.full((CHUNK // 8,), self.scale * (index + 1))})
 
     def update(self, version=1, **settings):
@@ -113,6 +134,28 @@ def test_a_version_that_is_kept_is_read_once_however_often_it_is_sent(policy):
     assert policy.reads == list(range(WEIGHTS))
 
 
+@pytest.mark.parametrize(("fault", "commits_before_it"), [(3, []), ("stamp", [1])])
+def test_an_engine_that_comes_back_is_brought_to_the_version_once(policy, fault, commits_before_it):
+    worker = Worker({fault: EngineLostError("gone")})
+    push = RemoteEngine(worker).push(policy.update())
+    assert policy.arrived_in(worker)
+    assert worker.commits == [*commits_before_it, 1]
+    assert push.phases.keys() == {"fold", "stage", "commit"}
+    assert min(push.phases.values()) > 0
+
+
+def test_an_engine_that_comes_back_is_asked_again(policy):
+    worker = Worker()
+    engine = RemoteEngine(worker)
+    engine.push(policy.update())
+    worker.faults = {"prompt_logprobs": EngineLostError("gone")}
+    assert engine.prompt_logprobs([1, 2, 3]).tolist() == [-1.0, -1.0]
+    worker.faults = {"fura_replies": EngineLostError("gone")}
+    [reply] = engine.kernel_replies({"w0": [(0, 1)]})
+    assert reply["w0"].output.tolist() == [[1.0]] * VECTORS
+    assert worker.commits == [1, 1, 1]
+
+
 def test_a_version_that_is_not_kept_is_read_again_until_it_has_arrived_and_never_later(policy, too_large_to_keep):
     worker = Worker({4: EngineLostError("gone")})
     engine = RemoteEngine(worker)
@@ -130,6 +173,17 @@ def test_processes_that_gather_along_find_their_counterpart_in_every_weight_once
     with pytest.raises(type(fault)):
         RemoteEngine(Worker({4: fault})).push(policy.update(read_once=True))
     assert policy.reads == list(range(WEIGHTS))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_failure_is_not_hidden_by_one_of_the_rest_that_is_read_after_it(policy, several, caplog):
+    worker = Worker({2: RemoteSyncError("refused")})
+    engine = Replicas([RemoteEngine(worker), RemoteEngine(Worker())]) if several else RemoteEngine(worker)
+    policy.broken = (9,)
+    with pytest.raises(RemoteSyncError, match="refused"):
+        engine.push(policy.update(read_once=True))
+    assert policy.reads == list(range(10))
+    assert "weight 9 is broken" in caplog.text
 
 
 def test_what_was_refused_leaves_the_version_before_to_be_sent_again(policy):

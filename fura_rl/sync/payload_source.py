@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -12,11 +13,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 # Payload files are read from this folder only; engines on other hosts share one with the trainer under this variable.
 FOLDER_VARIABLE = "FURA_SYNC_FOLDER"
 PREFIX, SUFFIX = "fura-sync-", ".safetensors"
 LOCKED_SECONDS = 60.0  # after which a payload file is surely locked by the trainer that made it, if that one lives
+# Shared memory counts as a container's memory, so that ENOMEM is a folder without room as well.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
+CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)  # of file systems without fallocate
 
 
 class PayloadFolderError(RuntimeError):
@@ -40,20 +45,52 @@ def offered(data: bytes, transport: str) -> Iterator[dict[str, str]]:
         yield {"inline": base64.b64encode(data).decode()}
         return
     sweep()
-    with tempfile.NamedTemporaryFile(dir=payload_folder(), prefix=PREFIX, suffix=SUFFIX) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            os.posix_fallocate(file.fileno(), 0, max(1, len(data)))
-        except OSError as error:
-            folder, free = payload_folder(), shutil.disk_usage(payload_folder()).free
-            raise PayloadFolderError(
-                f"{len(data) / 1e6:.0f} MB of weights do not fit into {folder}, which has {free / 1e6:.0f} MB free "
-                f"({error.strerror}): make it larger (docker run --shm-size), set {FOLDER_VARIABLE} on both sides "
-                "to a folder with room, or sync_transport=inline"
-            ) from error
-        file.write(data)
-        file.flush()
+    try:
+        file = locked_file(data)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        folder, free = payload_folder(), shutil.disk_usage(payload_folder()).free
+        raise PayloadFolderError(
+            f"{len(data) / 1e6:.0f} MB of weights do not fit into {folder}, which has {free / 1e6:.0f} MB free "
+            f"({error.strerror}): make it larger (docker run --shm-size), set {FOLDER_VARIABLE} on both sides "
+            "to a folder with room, or sync_transport=inline"
+        ) from error
+    with file:
         yield {"file": file.name}
+
+
+def locked_file(data: bytes) -> IO[bytes]:
+    """A temporary file that holds `data`, gone when it is closed.
+
+    Raises:
+        OSError: with its path.
+    """
+    with contextlib.ExitStack() as opened:
+        # unbuffered: what does not fit would be written, and raised, once more when the file is closed
+        file = opened.enter_context(
+            tempfile.NamedTemporaryFile(dir=payload_folder(), prefix=PREFIX, suffix=SUFFIX, buffering=0)
+        )
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            reserve(file.fileno(), len(data))
+            rest = memoryview(data)
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError as error:
+            error.filename = file.name
+            raise
+        opened.pop_all()
+        return file
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Have the file system find room for `size` bytes before they are written, where it can."""
+    try:
+        os.posix_fallocate(descriptor, 0, max(1, size))
+    except OSError as error:
+        if error.errno not in CANNOT_RESERVE:
+            raise
 
 
 def sweep() -> None:

@@ -3,15 +3,17 @@
 Staging keeps what arrives aside while the engine goes on generating; nothing live is touched before a version is
 complete, checked and of the right owner.  A commit always folds from the pristine base, so that the same message
 brings an engine from any state to its version.  A commit that fails half-way is undone by folding the version before;
-where even that fails the engine refuses to generate.  Knows nothing of vLLM: it is handed a model to write into.
+where that fails too, or is not enough, the engine refuses to generate.  Knows nothing of vLLM: it is handed a model to
+write into.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,9 @@ from fura_rl.sync.fingerprint import Sample
 
 if TYPE_CHECKING:
     from fura_rl.sync.vllm_model import LiveModel
+
+
+logger = logging.getLogger(__name__)
 
 
 class OwnershipError(RuntimeError):
@@ -146,17 +151,24 @@ class Receiver:
             OwnershipError: for another owner.
             PayloadError: where it is incomplete, misshapen or not finite, or leaves weights of another trainer that
                 cannot be put back; the weights are those of before.
+            KeyError: for a tensor that no parameter of the engine takes; the weights are those of before.
         """
         self.renew(owner)
         started = time.monotonic()
         factors = self._validate(version, chunk_count)
         checked = time.monotonic()
-        updates = self._with_left_over(factors)
-        self._changed |= factors.keys()
+        put_back = self._left_over_beside(factors)
+        self.model.check_places([*factors, *sorted(put_back)])
+        sound, before = self.model.poisoned is None, self._changed
+        self._changed = before | factors.keys()
         try:
-            self._write(updates, rounding_seed)
-        except Exception:
-            self._roll_back()
+            self._write(factors, put_back, rounding_seed)
+        except Exception as failure:
+            try:
+                if sound:  # what was torn before this commit is nothing to go back to
+                    self._roll_back(factors.keys() | put_back, before)
+            except Exception as error:
+                logger.warning("after %r the weights of before could not be put back: %r", failure, error)
             raise
         self.version, self._staged, self._left_over = version, None, set()
         small = all(f.rule != "dense" for f in factors.values())
@@ -174,38 +186,55 @@ class Receiver:
         payload.check(staged.factors, self._shapes)
         return staged.factors
 
-    def _with_left_over(self, factors: Mapping[str, Factors]) -> Mapping[str, Factors]:
-        """`factors`, and the base values of weights that owners before have changed and `factors` does not.
+    def _left_over_beside(self, factors: Mapping[str, Factors]) -> set[str]:
+        """The weights that owners before have changed and `factors` does not: to be put back to the base.
 
         Raises:
             PayloadError: where the checkpoint does not hold one of those as one tensor (experts, stacked by a policy).
         """
-        left_over = sorted(self._left_over - factors.keys())
-        if lost := [name for name in left_over if name not in self.base]:
+        left_over = self._left_over - factors.keys()
+        if lost := sorted(name for name in left_over if name not in self.base):
             raise payload.PayloadError(
                 f"{', '.join(lost[:4])}: {len(lost)} weights are still those of another trainer, and the engine cannot "
                 "read them back, since its checkpoint holds them under other names; start the engine again"
             )
-        pristine = {name: functools.partial(self._pristine, name) for name in left_over}
-        given = {name: functools.partial(factors.__getitem__, name) for name in factors}
-        return LazyFactors(pristine | given)
+        return left_over
+
+    def _write(self, factors: Mapping[str, Factors], put_back: Iterable[str], seed: int | None) -> None:
+        """Fold `factors` into the live weights, and make those named by `put_back` the base's again."""
+        makers = {name: functools.partial(self._pristine, name) for name in sorted(put_back)}
+        makers |= {name: functools.partial(factors.__getitem__, name) for name in factors}
+
+        @functools.lru_cache(maxsize=1)  # of a stack, which is asked for once an expert
+        def on_device(name: str) -> Factors:
+            return makers[name]().to_device(self.model.device)
+
+        # one after another: all the whole weights at once would need the device's memory a second time
+        moved = LazyFactors({name: functools.partial(on_device, name) for name in makers})
+        seeds = dict.fromkeys(factors, seed)  # what is put back is rounded as when it was loaded, to nearest
+        self.model.write(
+            moved, self.base.read, lambda name: rounding_generator(seeds.get(name), name, self.model.device)
+        )
 
     def _pristine(self, name: str) -> Factors:
         return Factors("dense", {"weight": self.base.whole(name)})
 
-    def _write(self, factors: Mapping[str, Factors], seed: int | None) -> None:
-        @functools.lru_cache(maxsize=1)  # of a stack, which is asked for once an expert
-        def on_device(name: str) -> Factors:
-            return factors[name].to_device(self.model.device)
+    def _roll_back(self, written: Set[str], changed: set[str]) -> None:
+        """Undo the writing of `written`: fold the version before again, and put back to the base what it left alone.
 
-        # one after another: all the whole weights at once would need the device's memory a second time
-        moved = LazyFactors({name: functools.partial(on_device, name) for name in factors})
-        self.model.write(moved, self.base.read, lambda name: rounding_generator(seed, name, self.model.device))
+        `changed` is what the owner had written by then.
 
-    def _roll_back(self) -> None:
-        """Fold the version before again; without it the model stays poisoned and refuses to generate."""
-        if self._applied is not None:
-            self._write(self._applied, self._applied_seed)
+        Raises:
+            RuntimeError: where what was written over is not known any more: the model stays poisoned and refuses to
+                generate.
+        """
+        if self._applied is None:
+            raise RuntimeError(f"version {self.version} was not kept")
+        untouched = written - self._applied.keys()
+        if unknown := sorted(n for n in untouched if n in changed | self._left_over or n not in self.base):
+            raise RuntimeError(f"version {self.version} does not hold {', '.join(unknown[:4])}")
+        self._write(self._applied, untouched, self._applied_seed)
+        self._changed = changed
 
     def status(self) -> dict[str, Any]:
         """What a trainer must know before it trusts this worker."""

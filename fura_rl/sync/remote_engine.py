@@ -162,6 +162,21 @@ class Message:
         return piece
 
 
+@contextlib.contextmanager
+def settled(message: Message) -> Iterator[Message]:
+    """`message`, settled afterwards: after a failure too, since other processes may wait to gather along.  That failure
+    is what is raised, whatever else goes wrong then."""
+    try:
+        yield message
+    except BaseException as first:
+        try:
+            message.settle()
+        except Exception as error:
+            logger.warning("after %r the rest of the policy could not be read: %r", first, error)
+        raise
+    message.settle()
+
+
 def message_of(update: Update, engine_dtype: torch.dtype, receivers: int = 1) -> Message:
     encode = functools.partial(payload.encode, update.factors, engine_dtype)
     return Message(update.version, encode, update.rounding_seed, update.read_once, receivers)
@@ -242,8 +257,10 @@ class RemoteEngine:
             (r["version"], r["owner"], r["poisoned"]) == (self._last.version, self.owner, None) for r in replies
         )
 
-    def restore(self, timeout: float) -> None:
+    def restore(self, timeout: float) -> dict[str, float]:
         """Bring an engine that was lost, restarted or changed back to the last version; waits for it to be up.
+
+        Returns the seconds by phase of the delivery that arrived.
 
         Raises:
             EngineLostError: where it is not up in time, or the last version was too large to be kept.
@@ -254,8 +271,7 @@ class RemoteEngine:
             self.transport.wait_until_up(max(0.0, deadline - time.monotonic()))
             try:
                 self.claim()
-                self.resend()
-                return
+                return self._deliver_last()
             except EngineLostError:  # a dying server answers /health for a moment
                 if not self._last.can_be_sent or time.monotonic() > deadline:
                     raise
@@ -263,12 +279,15 @@ class RemoteEngine:
 
     def resend(self) -> None:
         """Stage and commit the last version once more."""
+        self._deliver_last()
+
+    def _deliver_last(self) -> dict[str, float]:
         if not self._last.can_be_sent:
             raise EngineLostError(
                 f"{self.transport.address} lost its weights, and whole weights are not kept to be sent again: resume "
                 "from the last checkpoint"
             )
-        self._deliver(self._last)
+        return self._deliver(self._last)
 
     def push(self, update: Update) -> Push:
         """Stage while the engine generates, pause, commit, resume.  An engine lost meanwhile is waited for.
@@ -277,18 +296,15 @@ class RemoteEngine:
             RemoteSyncError: with what the engine refused; its weights are those of before.
             EngineLostError: where the engine is gone and does not come back in time.
         """
-        message = message_of(update, self.dtype)
-        try:
+        with settled(message_of(update, self.dtype)) as message:
             return self.send(message)
-        finally:
-            message.settle()
 
     def send(self, message: Message) -> Push:
         """`push` of a message that is settled by whoever made it."""
         before, self._last = self._last, message
         encoded = message.encode_seconds
         try:
-            phases = self._recovering(lambda: self._deliver(message))
+            phases = self._deliver_once(message)
         except EngineLostError:
             raise
         except Exception:
@@ -296,14 +312,24 @@ class RemoteEngine:
             raise
         return Push(message.nbytes, {"fold": message.encode_seconds - encoded, **phases})
 
+    def _deliver_once(self, message: Message) -> dict[str, float]:
+        """`_deliver` of the last version, or the restoring of an engine lost meanwhile, which delivers the same."""
+        try:
+            return self._deliver(message)
+        except EngineLostError as lost:
+            return self._recover(lost)
+
     def _recovering(self, call: Callable[[], Any]) -> Any:
         """`call()`, once more where the engine was lost and came back with the last version."""
         try:
             return call()
         except EngineLostError as lost:
-            logger.warning("%s; waiting for it to come back", lost)
-            self.restore(self.transport.timeout)
+            self._recover(lost)
             return call()
+
+    def _recover(self, lost: EngineLostError) -> dict[str, float]:
+        logger.warning("%s; waiting for it to come back", lost)
+        return self.restore(self.transport.timeout)
 
     def _deliver(self, message: Message) -> dict[str, float]:
         """Stage one chunk after another, then commit; seconds by phase, without those of the encoding."""
@@ -387,11 +413,8 @@ class Replicas:
     def push(self, update: Update) -> Push:
         """As `RemoteEngine.push`, one replica after another, all from one message: the other processes of a policy in
         pieces gather along once."""
-        message = message_of(update, self.dtype, receivers=len(self.engines))
-        try:
+        with settled(message_of(update, self.dtype, receivers=len(self.engines))) as message:
             pushes = [engine.send(message) for engine in self.engines]
-        finally:
-            message.settle()
         phases = {phase: sum(push.phases[phase] for push in pushes) for phase in pushes[0].phases}
         return Push(sum(push.payload_bytes for push in pushes), phases)
 

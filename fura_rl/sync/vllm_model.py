@@ -130,6 +130,11 @@ class LiveModel:
 
     # ---- writing
 
+    def check_places(self, names: Iterable[str]) -> None:
+        """Raises KeyError for a tensor that no parameter of the engine takes."""
+        if missing := [name for name in names if name not in self.owners]:
+            raise KeyError(f"the rollout engine has no place for {', '.join(missing[:8])}")
+
     @torch.no_grad()
     def write(
         self,
@@ -146,8 +151,7 @@ class LiveModel:
         Raises:
             KeyError: for a tensor that no parameter of the engine takes, before anything is written.
         """
-        if missing := [name for name in updates if name not in self.owners]:
-            raise KeyError(f"the rollout engine has no place for {', '.join(missing[:8])}")
+        self.check_places(updates)
         by_module = {m: None for name in updates for m in self.owners[name]}
         self.poisoned = "a weight sync was interrupted while it wrote"
         with self.context():
