@@ -34,6 +34,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("benchmark", choices=[*names, "all"], help="which one, or all")
     parser.add_argument("--device", help="cpu or cuda [cuda where there is one]")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="[bfloat16 on cuda, else float32]")
+    parser.add_argument(
+        "--autocast", action="store_true", help="layer: forward under autocast of a 16-bit --dtype, as bf16: true runs"
+    )
     parser.add_argument("--sizes", nargs="+", help="model sizes: tiny, 3m, qwen3-0.6b, qwen3-1.7b, 7b")
     parser.add_argument(
         "--tokens", type=int, nargs="+", help="tokens of the layer benchmark [64 1024 4096 (16384 on cuda)]"
@@ -71,19 +74,24 @@ def main(argv: list[str]) -> int:
     if args.cpu_time and on_gpu:
         print("error: --cpu_time is for --device cpu; a GPU's time is on the wall", file=sys.stderr)
         return 2
+    dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
+    if args.autocast and dtype is torch.float32:
+        print("error: --autocast of float32 changes nothing; give --dtype bfloat16 or float16", file=sys.stderr)
+        return 2
     if args.cpu_time:
         torch.set_num_threads(1)
     everything = args.benchmark == "all"
     budget = Budget(60 * (args.minutes or (7.5 if everything else float("inf"))))
     settings = Settings(
         device=device,
-        dtype=getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32")),
+        dtype=dtype,
         shapes=tuple(dict.fromkeys(shape for size in sizes for shape in layer_shapes(size))),
         tokens=tuple(args.tokens or ([64, 1024, 4096, 16384] if on_gpu else [64, 1024, 4096])),
         repeats=args.repeats,
         seconds=args.seconds or (1.5 if on_gpu else 10.0),
         sizes=tuple(sizes),
         model=sizes[0] if on_gpu or args.sizes else "tiny",
+        autocast=args.autocast,
         clock=time.process_time if args.cpu_time else time.perf_counter,
         budget=budget,
         seeds=args.seeds,

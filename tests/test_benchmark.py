@@ -1,8 +1,10 @@
 """How the benchmarks measure: budget, peaks, sums; and that they need no more than the packages they name."""
 
 import json
+import runpy
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -205,17 +207,73 @@ def test_a_capture_that_fails_is_named_and_tried_again_only_where_memory_was_sho
         calls.clear()
         times = graphed.interleaved_medians(named, small_settings(), uncaptured)
         assert [call for call in calls if call != "replay"] == tried
-        assert calls.count("replay") == (1 + 3) * graphed.REPLAYS, "a warm-up and three repeats"
+        assert calls.count("replay") == 2 + (1 + 3) * graphed.REPLAYS, "two to judge, a warm-up and three repeats"
         assert times["fura"] > 0
         assert times["oft"] is times["dora"] is None
     assert capsys.readouterr().out.count("oft has no time as a CUDA graph: operation not permitted when stream") == 1
+
+
+def test_long_replays_are_timed_one_by_one_and_short_ones_together(monkeypatch):
+    now, replayed = [0.0], []
+
+    class Graph:
+        def __init__(self, call):
+            self.name, self.seconds = call
+
+        def replay(self):
+            first = self.name not in replayed
+            replayed.append(self.name)
+            now[0] += self.seconds + (1.0 if first else 0.0)  # the first replay uploads the graph
+
+    monkeypatch.setattr(graphed, "capture", lambda call, device: Graph(call))
+    calls = {"short": ("short", 0.9 * graphed.LONG_SECONDS), "long": ("long", 1.1 * graphed.LONG_SECONDS)}
+    times = graphed.interleaved_medians(calls, small_settings(clock=lambda: now[0]), set())
+    assert times == pytest.approx({name: seconds for name, seconds in calls.values()})
+    assert replayed.count("short") == 2 + 4 * graphed.REPLAYS
+    assert replayed.count("long") == 2 + 4
+    assert replayed[-1 - graphed.REPLAYS :] == ["short"] * graphed.REPLAYS + ["long"]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_autocast_is_around_the_forward_of_every_contender_and_recorded(autocast, tmp_path, monkeypatch):
+    forwards, backwards = {}, {}
+
+    def watched(linear):
+        contenders = make_contenders(linear)
+        for name, contender in contenders.items():
+            contender.register_forward_hook(lambda module, inputs, output, name=name: watch(name, output))
+        return contenders
+
+    def watch(name, output):
+        found = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+        forwards.setdefault(name, set()).add(found)
+        if output.requires_grad:
+            output.register_hook(lambda grad: backwards.setdefault(name, set()).add(torch.is_autocast_enabled("cpu")))
+
+    monkeypatch.setattr(layer, "make_contenders", watched)
+    settings = small_settings(
+        dtype=torch.bfloat16, shapes=((64, 64),), tokens=(8,), autocast=autocast, out=tmp_path, clock=time.process_time
+    )
+    assert measure_all(["layer"], settings) == 0
+    names = set(make_contenders(torch.nn.Linear(64, 64, bias=False)))
+    assert forwards == {name: {torch.bfloat16 if autocast else False} for name in names}
+    assert backwards == {name: {False} for name in names}
+    assert json.loads((tmp_path / "benchmark.json").read_text())["machine"]["autocast"] == autocast
+    assert ("bfloat16 (layers under autocast)" in (tmp_path / "benchmark.md").read_text()) == autocast
+
+
+def test_autocast_of_float32_is_refused(tmp_path, capsys):
+    main = runpy.run_path(str(REPOSITORY / "launch" / "benchmark.py"))["main"]
+    small = ["--device", "cpu", "--sizes", "tiny", "--tokens", "8", "--repeats", "3", "--out", str(tmp_path)]
+    assert main(["layer", *small, "--autocast"]) == 2
+    assert "--autocast of float32 changes nothing; give --dtype bfloat16 or float16" in capsys.readouterr().err
 
 
 def test_forward_and_backward_of_a_graph_are_those_of_a_step():
     contenders = layer.moved_contenders(small_settings(), (64, 64))
     for contender in contenders.values():
         x, grad = torch.randn(8, 64, requires_grad=True), torch.randn(8, 64)
-        gradients = layer.gradients_of(contender, x, grad)()
+        gradients = layer.gradients_of(contender, x, grad, small_settings())()
         assert x.grad is None
         contender(x).backward(grad)
         trained = [p for p in contender.parameters() if p.requires_grad]

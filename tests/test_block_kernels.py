@@ -51,12 +51,13 @@ def test_kernel_move_adds_the_product_of_every_block(b, n, transposed, dtype):
         randn(n, b, b),
     )
     matrices = 0.1 * (matrices.mT if transposed else matrices)
-    moved = block_kernels.move(x, matrices, onto)
     product = blocks.as_blocks(x.double(), n, b) @ matrices.to(dtype).double()
     expected = onto.double() + product.transpose(0, 1).reshape(x.shape)
-    assert moved.dtype == dtype
-    assert moved.shape == x.shape
-    assert relative_error(moved, expected) < torch.finfo(dtype).eps
+    for given in (matrices, matrices.to(dtype)):
+        moved = block_kernels.move(x, given, onto)
+        assert moved.dtype == dtype
+        assert moved.shape == x.shape
+        assert relative_error(moved, expected) < torch.finfo(dtype).eps
 
 
 @on_a_gpu_or_interpreted

@@ -57,6 +57,20 @@ def test_autocast_starts_at_the_base_models_autocast_output_and_keeps_float32_gr
     assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("axis", ["in", "out"])
+def test_a_backward_that_is_called_under_autocast_has_the_same_gradients(axis):
+    model = adapted(mlp(), block_axis=axis)
+    x, gradients = torch.randn(9, 24), []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(x).float().square().sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 @pytest.mark.parametrize("settings", FORMS, ids=str)
 def test_compiles_in_one_graph(settings):
     model = adapted(mlp(), **settings)

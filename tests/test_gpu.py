@@ -126,22 +126,27 @@ def layer_settings(tokens):
 def test_a_replayed_graph_computes_the_gradients_of_a_step(tokens):
     from fura_rl.benchmark import graphed, layer
 
-    contenders = layer.moved_contenders(layer_settings(tokens), (768, 1024))
-    for name in ("frozen", "fura", "lora", "paper"):
+    settings, uncaptured = layer_settings(tokens), set()
+    for name, contender in layer.moved_contenders(settings, (768, 1024)).items():
         x = torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         grad = torch.randn(tokens, 768, device="cuda", dtype=torch.bfloat16)
-        gradients, kept = layer.gradients_of(contenders[name], x, grad), []
+        gradients, kept = layer.gradients_of(contender, x, grad, settings), []
 
         def call(gradients=gradients, kept=kept):
             kept[:] = gradients()
 
-        graph = graphed.capture(call, x.device)
+        try:
+            graph = graphed.capture(call, x.device)
+        except RuntimeError:
+            uncaptured.add(name)
+            continue
         with torch.no_grad():
             x.normal_()
             grad.normal_()
         graph.replay()
         for replayed, eager in zip(kept, gradients(), strict=True):
             assert relative_error(replayed, eager) < 1e-2, name
+    assert not uncaptured & {"frozen", "fura", "lora", "lora r=64", "paper"}
 
 
 def test_what_cannot_be_captured_has_an_empty_cell_and_harms_nothing_after_it(monkeypatch, capsys):

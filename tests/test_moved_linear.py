@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from conftest import TOLERANCE, relative_error
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fura_rl import FuraConfig
 from fura_rl.adapters import blocks, moved_linear
@@ -111,3 +112,46 @@ def test_a_training_step_holds_no_more_than_a_frozen_layers(monkeypatch):
         model.zero_grad()
         peaks.append(peak_bytes(lambda layer=layer: layer(x).backward(grad), torch.device("cpu")))
     assert peaks[1] < peaks[0] + base.weight.nbytes + 8 * model.fura_core["default"].delta_r.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_beyond_x_a_step_keeps_the_update_in_the_dtype_of_x_and_vectors(dtype):
+    from fura_rl.benchmark.measure import saved_activation_bytes
+
+    base = nn.Linear(96, 64, dtype=dtype)
+    model = get_peft_model(nn.Sequential(base), FuraConfig(target_modules=["0"], init_weights=False))
+    x = torch.randn(32, 96).to(dtype).requires_grad_()
+    n, b, r = fura_layers(model)[0].fura_core["default"].basis_v.shape
+    vectors = 2 * n * r * 4  # dS / S0, and 1 / S0, which is not a buffer
+    assert saved_activation_bytes(lambda: model(x), model) == x.nbytes + n * b * b * dtype.itemsize + vectors
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations that make or fill a tensor: on a GPU each is a launch, whatever its size."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        is_view = function.is_view or function is torch.ops.aten._unsafe_view.default
+        self.count += isinstance(result, torch.Tensor) and not is_view
+        return result
+
+
+def test_a_step_beside_a_16_bit_base_launches_one_kernel_more_than_loras(monkeypatch):
+    """The path of every device but a CPU, on tensors without values; a meta device has no product of 16 bits that
+    comes out in 32, so there a cast is counted beside it."""
+    monkeypatch.setattr("fura_rl.adapters.fura_layer.takes", lambda layer, x: True)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)
+    counts = []
+    for config in (LoraConfig(target_modules=["0"]), FuraConfig(target_modules=["0"])):
+        base = nn.Sequential(nn.Linear(64, 64, bias=False, dtype=torch.bfloat16))
+        model = get_peft_model(base, config).to("meta")
+        x, grad = (torch.empty(8, 64, dtype=torch.bfloat16, device="meta") for _ in range(2))
+        wanted = [x.requires_grad_(), *(p for p in model.parameters() if p.requires_grad)]
+        assert {p.dtype for p in wanted[1:]} == {torch.float32}
+        model(x)
+        with Kernels() as kernels:
+            torch.autograd.grad(model(x), wanted, grad)
+        counts.append(kernels.count)
+    assert counts[1] <= counts[0] + 2

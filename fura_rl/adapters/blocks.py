@@ -100,40 +100,45 @@ def spectral_update(
     """`block_update` of `core_change` where S0 is kept and both dS and dR are trained, the paper's setting.
 
     D_i = V0_i (dR_i + diag(dS_i / S0_i) (dR_i + V0_i^T)).  A layer of few tokens spends much of its time on D, so its
-    gradients are written out: few and small steps, and nothing saved but what is kept anyway.
+    gradients are written out: few and small steps, and nothing saved but dS / S0 and what is kept anyway.
     """
     if torch.compiler.is_compiling():  # it writes the gradients itself
-        return spectral_update_forward(delta_r, delta_s, right, inverse)
+        return spectral_update_forward(delta_r, delta_s, right, inverse)[0]
     return _SpectralUpdate.apply(delta_r, delta_s, right, inverse)
 
 
 def spectral_update_forward(
     delta_r: torch.Tensor, delta_s: torch.Tensor, right: torch.Tensor, inverse: torch.Tensor
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """D (n, b, b), contiguous, and what its backward takes: dS / S0, (n, r, 1)."""
     moved = (delta_s * inverse).unsqueeze(-1)
-    return right @ torch.addcmul(delta_r, moved, delta_r + right.mT)
+    return torch.bmm(right, torch.addcmul(delta_r, moved, delta_r + right.mT)), moved
 
 
 def spectral_update_backward(
-    grad: torch.Tensor, delta_r: torch.Tensor, delta_s: torch.Tensor, right: torch.Tensor, inverse: torch.Tensor
+    grad: torch.Tensor, delta_r: torch.Tensor, moved: torch.Tensor, right: torch.Tensor, inverse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of dR and dS from that of D, (n, b, b)."""
-    grad_rows = right.mT @ grad
-    grad_s = (delta_r + right.mT).mul_(grad_rows).sum(-1).mul_(inverse)
-    moved = (delta_s * inverse).unsqueeze(-1)
-    return torch.addcmul(grad_rows, moved, grad_rows), grad_s
+    rows = right.mT
+    grad_rows = torch.bmm(rows, grad)
+    grad_s = (delta_r + rows).mul_(grad_rows).sum(-1).mul_(inverse)
+    return grad_rows.addcmul_(moved, grad_rows), grad_s
 
 
 class _SpectralUpdate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *tensors: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(*tensors)
-        return spectral_update_forward(*tensors)
+    def forward(
+        ctx: Any, delta_r: torch.Tensor, delta_s: torch.Tensor, right: torch.Tensor, inverse: torch.Tensor
+    ) -> torch.Tensor:
+        update, moved = spectral_update_forward(delta_r, delta_s, right, inverse)
+        ctx.save_for_backward(delta_r, moved, right, inverse)
+        return update
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *spectral_update_backward(grad, *ctx.saved_tensors), None, None
+        with without_autocast(grad.device.type):
+            return *spectral_update_backward(grad, *ctx.saved_tensors), None, None
 
 
 def starting_core(right: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
@@ -156,21 +161,22 @@ class _AddUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, update: torch.Tensor, onto: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(x, update)
-        ctx.onto_is_x = onto is None
-        return move(x, update.mT) if onto is None else _product(x, update.mT, onto)
+        factors = as_factors(update, x) if onto is None else update.to(x.dtype)
+        ctx.save_for_backward(x, factors)
+        ctx.onto_is_x, ctx.update_dtype = onto is None, update.dtype
+        return move(x, factors.mT) if onto is None else _product(x, factors.mT, onto)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        x, update = ctx.saved_tensors
+        x, factors = ctx.saved_tensors
         grad = grad.contiguous()
         grad_x = grad_update = None
         if ctx.needs_input_grad[0]:
-            grad_x = move(grad, update) if ctx.onto_is_x else _product(grad, update)
+            grad_x = move(grad, factors) if ctx.onto_is_x else _product(grad, factors)
         if ctx.needs_input_grad[1]:
-            n, b, _ = update.shape
-            grad_update = token_products(grad, x, n, b).to(update.dtype)
+            n, b, _ = factors.shape
+            grad_update = token_products(as_blocks(grad, n, b), as_blocks(x, n, b)).to(ctx.update_dtype)
         return grad_x, grad_update, None if ctx.onto_is_x else grad
 
 
@@ -179,66 +185,80 @@ def as_blocks(x: torch.Tensor, n: int, b: int) -> torch.Tensor:
     return x.reshape(-1, n, b).transpose(0, 1)
 
 
-def token_products(left: torch.Tensor, right: torch.Tensor, n: int, b: int) -> torch.Tensor:
-    """The sum over tokens of left_i right_i^T for every block, (n, b, b): D's gradient from those of x + D x and x.
+def token_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The sum over tokens of left_i right_i^T, (n, tokens, b) each, to (n, b, b): D's gradient from that of x + D x.
 
     In float32 or wider.  On a CPU a cache-full of tokens at a time; in 16 bits from contiguous copies, since its
     kernels take strided blocks at a fifth of the rate.
     """
     dtype = torch.promote_types(left.dtype, torch.float32)
     if left.device.type != "cpu":
-        products = as_blocks(left, n, b).mT, as_blocks(right, n, b)
         narrow = left.is_cuda and left.dtype != dtype
-        return torch.bmm(*products, out_dtype=dtype) if narrow else torch.bmm(*products).to(dtype)
-    total = torch.zeros(n, b, b, dtype=dtype)
-    parts = (t.reshape(-1, n * b).split(TOKENS_IN_CACHE) for t in (left, right))
-    for left_part, right_part in zip(*parts, strict=True):
-        left_blocks, right_blocks = as_blocks(left_part, n, b), as_blocks(right_part, n, b)
-        if left.dtype.itemsize < 4:
-            total += torch.bmm(left_blocks.contiguous().mT, right_blocks.contiguous())
+        return torch.bmm(left.mT, right, out_dtype=dtype) if narrow else torch.bmm(left.mT, right).to(dtype)
+    total = None
+    for left_part, right_part in zip(cache_fulls(left), cache_fulls(right), strict=True):
+        if left.dtype != dtype:
+            product = torch.bmm(left_part.contiguous().mT, right_part.contiguous())
+            total = product.to(dtype) if total is None else total.add_(product)
+        elif total is None:
+            total = torch.bmm(left_part.mT, right_part)
         else:
-            total.baddbmm_(left_blocks.mT, right_blocks)
+            total.baddbmm_(left_part.mT, right_part)
     return total
 
 
-def move(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
-    """x_i + x_i @ matrices_i for every block, in the dtype of x.
+def cache_fulls(blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(n, tokens, b) in parts of as many tokens as a CPU's cache holds."""
+    return blocks.split(TOKENS_IN_CACHE, dim=1) if blocks.shape[1] > TOKENS_IN_CACHE else (blocks,)
 
-    On a CPU in 32 bits and more I + D is formed, which saves a pass over x; it is exact for D = 0 and loses nothing
-    that the rounding of the result would have kept.  In 16 bits, and in a GPU's TF32, it would swallow the diagonal of
-    a small D.
+
+def adds_identity(x: torch.Tensor) -> bool:
+    """Whether `move` multiplies x by I + D: on a CPU in 32 bits and more, where it saves a pass over x.
+
+    It is exact for D = 0 and loses nothing that the rounding of the result would have kept.  In 16 bits, and in a GPU's
+    TF32, it would swallow the diagonal of a small D.
     """
+    return x.device.type == "cpu" and x.dtype.itemsize >= 4
+
+
+def as_factors(update: torch.Tensor, x: torch.Tensor, in_place: bool = False) -> torch.Tensor:
+    """What `move` multiplies tensors like x by: D in their dtype, or I + D, which may be formed in D's place."""
+    factors = update if update.dtype == x.dtype else update.to(x.dtype)
+    if not adds_identity(x):
+        return factors
+    identity = torch.eye(factors.shape[-1], dtype=x.dtype)
+    return factors.add_(identity) if in_place or factors is not update else factors + identity
+
+
+def move(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """x_i + x_i @ D_i for every block, in the dtype of x, from D's `as_factors` for x, or from their transposes."""
+    if adds_identity(x):
+        return _product(x, factors)
     if x.device.type != "cpu":
-        return _product(x, matrices, onto=x)
-    if x.dtype.itemsize >= 4:
-        return _product(x, plus_identity(matrices.to(x.dtype)))
+        return _product(x, factors, onto=x)
+    n, b, _ = factors.shape
     moved = torch.empty_like(x, memory_format=torch.contiguous_format)
-    move_parts(x.reshape(-1, x.shape[-1]), matrices, moved.view(-1, x.shape[-1]))
+    move_blocks(as_blocks(x, n, b), factors, result=as_blocks(moved, n, b))
     return moved
 
 
-def move_parts(x: torch.Tensor, matrices: torch.Tensor, result: torch.Tensor) -> None:
-    """`move` of x (tokens, n * b) into `result`, which may be x itself, a cache-full of tokens at a time."""
-    n, b, _ = matrices.shape
-    wide = x.dtype.itemsize >= 4
-    factors = plus_identity(matrices.to(x.dtype)) if wide else matrices.to(x.dtype).contiguous()
-    for part, target in zip(x.split(TOKENS_IN_CACHE), result.split(TOKENS_IN_CACHE), strict=True):
-        blocks = as_blocks(part, n, b) if wide else as_blocks(part, n, b).contiguous()
-        as_blocks(target, n, b).copy_(torch.bmm(blocks, factors) if wide else torch.baddbmm(blocks, blocks, factors))
-
-
-def plus_identity(matrices: torch.Tensor) -> torch.Tensor:
-    return matrices + torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+def move_blocks(x: torch.Tensor, factors: torch.Tensor, result: torch.Tensor) -> None:
+    """`move` of x (n, tokens, b) into `result`, which may be x itself; on a CPU, a cache-full of tokens at a time."""
+    wide = adds_identity(x)
+    if not wide:
+        factors = factors.contiguous()
+    for part, target in zip(cache_fulls(x), cache_fulls(result), strict=True):
+        blocks = part if wide else part.contiguous()
+        target.copy_(torch.bmm(blocks, factors) if wide else torch.baddbmm(blocks, blocks, factors))
 
 
 def _product(x: torch.Tensor, matrices: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
-    """onto + x_i @ matrices_i for every block, in the layout of x; `onto` None adds nothing."""
+    """onto + x_i @ matrices_i for every block, in the layout and dtype of x; `onto` None adds nothing."""
     n, b, _ = matrices.shape
     if onto is not None and block_kernels.takes(x, b):
         return block_kernels.move(x, matrices, onto)
-    matrices = matrices.to(x.dtype)
+    x_blocks = as_blocks(x, n, b)
     if x.device.type == "cpu" and x.numel() < SMALL_CPU_BATCH * n * b:
-        x_blocks = as_blocks(x, n, b)
         blocks = (
             torch.bmm(x_blocks, matrices) if onto is None else torch.baddbmm(as_blocks(onto, n, b), x_blocks, matrices)
         )
@@ -248,7 +268,7 @@ def _product(x: torch.Tensor, matrices: torch.Tensor, onto: torch.Tensor | None 
         if onto is None
         else onto.clone(memory_format=torch.contiguous_format)
     )
-    as_blocks(result, n, b).baddbmm_(as_blocks(x, n, b), matrices, beta=0 if onto is None else 1)
+    as_blocks(result, n, b).baddbmm_(x_blocks, matrices, beta=0 if onto is None else 1)
     return result
 
 

@@ -47,20 +47,24 @@ class FuraCore(nn.Module):
 
     def inverse_values(self) -> torch.Tensor:
         """`pseudo_inverse` of S0, (n, r); anew only where S0 is another tensor by now, or was written to."""
-        if torch.compiler.is_compiling() or self.basis_s.is_inference():  # the latter counts no writes
-            return blocks.pseudo_inverse(self.basis_s)
+        values = self.basis_s
+        if torch.compiler.is_compiling() or values.is_inference():  # the latter counts no writes
+            return blocks.pseudo_inverse(values)
         source, version, inverse = self._inverse
-        if source is not self.basis_s or version != self.basis_s._version:
+        if source is not values or version != values._version:
             with torch.inference_mode(False):  # an evaluation may come first, and training saves this for its backward
-                inverse = blocks.pseudo_inverse(self.basis_s)
-            self._inverse = self.basis_s, self.basis_s._version, inverse
+                inverse = blocks.pseudo_inverse(values)
+            self._inverse = values, values._version, inverse
         return inverse
 
-    def spectral_deltas(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """dR and dS where D is `blocks.spectral_update` of them, the paper's setting; else None."""
-        if self.delta_r is None or self.delta_s is None:
+    def spectral_tensors(self) -> tuple[torch.Tensor, ...] | None:
+        """dR, dS, V0 and 1 / S0 where D is `blocks.spectral_update` of them, the paper's setting; else None."""
+        delta_r, delta_s, right = self.delta_r, self.delta_s, self.basis_v
+        if delta_r is None or delta_s is None:
             return None
-        return self._wide(self.delta_r), self._wide(self.delta_s)
+        if not delta_r.dtype == delta_s.dtype == right.dtype:
+            delta_r, delta_s = self._wide(delta_r), self._wide(delta_s)
+        return delta_r, delta_s, right, self.inverse_values()
 
     def change(self) -> torch.Tensor:
         """C - C0, (n, r, b), in float32 or wider."""

@@ -291,19 +291,21 @@ class FuraLinear(nn.Module, BaseTunerLayer):
             self.unmerge()
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
-        names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.fura_core]
-        if self.core_form is not None and (names or self.owns_large_core):
-            return self._core_forward(x, self.core_form, adapted=bool(names))
-        if not names:
+        held, owner = self.fura_core, self.core_form
+        cores = [] if self.disable_adapters else [held[name] for name in self.active_adapters if name in held]
+        if owner is not None and (cores or owner.large_core is None):
+            return self._core_forward(x, owner, adapted=bool(cores))
+        if not cores:
             return self.base_layer(x, *args, **kwargs)
         if torch.is_autocast_enabled(x.device.type):  # what the base layer would do itself, before our product
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return self._base_forward(x, [self.fura_core[name] for name in names], *args, **kwargs)
+        return self._base_forward(x, cores, *args, **kwargs)
 
     def _base_forward(self, x: torch.Tensor, cores: list[FuraCore], *args: Any, **kwargs: Any) -> torch.Tensor:
-        dense = not (args or kwargs) and takes(self.base_layer, x)
-        if dense and len(cores) == 1 and cores[0].axis == "in" and (deltas := cores[0].spectral_deltas()):
-            return spectral_linear(x, *deltas, cores[0].basis_v, cores[0].inverse_values(), self.base_layer)
+        base_layer = self.base_layer
+        dense = not (args or kwargs) and takes(base_layer, x)
+        if dense and len(cores) == 1 and cores[0].axis == "in" and (tensors := cores[0].spectral_tensors()):
+            return spectral_linear(x, *tensors, base_layer)
         column_updates, row_updates = (
             sum_updates([core for core in cores if core.axis == axis]) for axis in ("in", "out")
         )

@@ -17,8 +17,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from fura_rl.adapters.blocks import (
+    as_blocks,
+    as_factors,
     move,
-    move_parts,
+    move_blocks,
     spectral_update_backward,
     spectral_update_forward,
     token_products,
@@ -36,10 +38,14 @@ def takes(layer: nn.Module, x: torch.Tensor) -> bool:
     """
     if type(layer) is not nn.Linear or x.device.type not in ("cpu", "cuda") or torch.compiler.is_compiling():
         return False
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
-    tensors = [t for t in (layer.weight, layer.bias) if t is not None]
-    plain = all(type(t) is nn.Parameter and t.dtype == x.dtype and t.device == x.device for t in tensors)
-    return plain and not hooked and not any(t.requires_grad for t in tensors)
+    if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+        return False
+    bias = layer.bias
+    return is_plain(layer.weight, x) and (bias is None or is_plain(bias, x))
+
+
+def is_plain(t: torch.Tensor, x: torch.Tensor) -> bool:
+    return type(t) is nn.Parameter and t.dtype == x.dtype and t.device == x.device and not t.requires_grad
 
 
 def moved_linear(x: torch.Tensor, update: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
@@ -64,13 +70,16 @@ class _MovedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, update, weight)
-        return forward(x, update, weight, bias)
+        y, factors = forward(x, update, weight, bias)
+        ctx.save_for_backward(x, factors, weight)
+        ctx.update_dtype = update.dtype
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        return *backward(grad, *ctx.saved_tensors, *ctx.needs_input_grad[:2]), None, None
+        grad_x, grad_update = backward(grad, *ctx.saved_tensors, *ctx.needs_input_grad[:2])
+        return grad_x, None if grad_update is None else grad_update.to(ctx.update_dtype), None, None
 
 
 class _SpectralLinear(torch.autograd.Function):
@@ -86,50 +95,56 @@ class _SpectralLinear(torch.autograd.Function):
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
         with without_autocast(x.device.type):
-            update = spectral_update_forward(delta_r, delta_s, right, inverse)
-            ctx.save_for_backward(x, update, weight, delta_r, delta_s, right, inverse)
-            return forward(x, update, weight, bias)
+            update, moved = spectral_update_forward(delta_r, delta_s, right, inverse)
+            y, factors = forward(x, update, weight, bias, in_place=True)
+        ctx.save_for_backward(x, factors, weight, delta_r, moved, right, inverse)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, update, weight, *factors = ctx.saved_tensors
-        needs_x, *needs_deltas = ctx.needs_input_grad[:3]
+        x, factors, weight, delta_r, moved, right, inverse = ctx.saved_tensors
+        needs_x, needs_r, needs_s = ctx.needs_input_grad[:3]
         grad_r = grad_s = None
         with without_autocast(x.device.type):
-            grad_x, grad_update = backward(grad, x, update, weight, needs_x, any(needs_deltas))
+            grad_x, grad_update = backward(grad, x, factors, weight, needs_x, needs_r or needs_s)
             if grad_update is not None:
-                grad_r, grad_s = spectral_update_backward(grad_update, *factors)
+                grad_r, grad_s = spectral_update_backward(grad_update.to(right.dtype), delta_r, moved, right, inverse)
         return grad_x, grad_r, grad_s, None, None, None, None
 
 
-def forward(x: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if x.device.type != "cpu":
-        return linear(move(x, update.mT), weight, bias)
-    if not (update[0].any() or update.any()):  # the start: no arithmetic that could round
-        return linear(x, weight, bias)
-    if x.nbytes < LARGE_BYTES:
-        return linear(move(x, update.mT), weight, bias)
+def forward(
+    x: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, in_place: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """W (x + D x) + bias and D's `as_factors` for x, which may be formed in D's place."""
+    on_cpu = x.device.type == "cpu"
+    at_start = on_cpu and not (update[0].any() or update.any())
+    factors = as_factors(update, x, in_place)
+    if at_start:  # no arithmetic that could round
+        return linear(x, weight, bias), factors
+    if not on_cpu or x.nbytes < LARGE_BYTES:
+        return linear(move(x, factors.mT), weight, bias), factors
     tokens = x.numel() // x.shape[-1]
     if tokens > weight.shape[0] and x.dtype.itemsize >= 4:  # in 16 bits the moved weight would lose a small D
-        return linear(x, move(weight, update), bias)
+        return linear(x, move(weight, factors), bias), factors
     y = x.new_empty(tokens, weight.shape[0])
     size = max(1, PART_BYTES // (x.shape[-1] * x.itemsize))
     for part, result in zip(x.reshape(tokens, -1).split(size), y.split(size), strict=True):
-        torch.mm(move(part, update.mT), weight.t(), out=result)
-    return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], -1)
+        torch.mm(move(part, factors.mT), weight.t(), out=result)
+    return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], -1), factors
 
 
 def backward(
-    grad: torch.Tensor, x: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, needs_x: bool, needs_update: bool
+    grad: torch.Tensor, x: torch.Tensor, factors: torch.Tensor, weight: torch.Tensor, needs_x: bool, needs_update: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The gradients of x and D, those that are asked for."""
-    n, b, _ = update.shape
-    moved_grad = grad.reshape(-1, grad.shape[-1]) @ weight  # of x + D x
-    grad_update = token_products(moved_grad, x, n, b).to(update.dtype) if needs_update else None
+    """The gradients of x and D, those that are asked for; D's in float32 or wider."""
+    n, b, _ = factors.shape
+    moved_grad = torch.mm(grad.reshape(-1, grad.shape[-1]), weight)  # of x + D x
+    grad_blocks = as_blocks(moved_grad, n, b)
+    grad_update = token_products(grad_blocks, as_blocks(x, n, b)) if needs_update else None
     if not needs_x:
         return None, grad_update
     if x.device.type != "cpu":
-        return move(moved_grad, update).view(x.shape), grad_update
-    move_parts(moved_grad, update, result=moved_grad)
+        return move(moved_grad, factors).view(x.shape), grad_update
+    move_blocks(grad_blocks, factors, result=grad_blocks)
     return moved_grad.view(x.shape), grad_update

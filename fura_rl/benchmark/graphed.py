@@ -7,6 +7,7 @@ past PyTorch) is named and has no time.  Order of work as in "CUDA graphs" of Py
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ from fura_rl.benchmark.measure import Settings
 
 WARM_UPS = 3  # on the capturing stream, as `torch.cuda.make_graphed_callables` does: libraries set themselves up there
 REPLAYS = 8  # timed as one: they share the launch of a graph and the wait for its end, some 30 us on a virtual machine
+LONG_SECONDS = 1e-3  # of a replay that is timed alone: 30 us are nothing to it, and eight in a row heat a GPU until its
+# clock falls (the largest frozen map took 13% longer than called)
 
 
 def interleaved_medians(
@@ -37,16 +40,23 @@ def interleaved_medians(
             if not isinstance(error, torch.OutOfMemoryError):
                 uncaptured.add(name)
             print(f"layer: {name} has no time as a CUDA graph: {str(error).splitlines()[0]}", flush=True)
-    replays = {name: replayed(graph) for name, graph in graphs.items()}
+    counts = {name: replays_of(graph, settings) for name, graph in graphs.items()}
+    replays = {name: replayed(graph, counts[name]) for name, graph in graphs.items()}
     times = measure.interleaved_medians(replays, settings)
     del graphs, replays  # and with them the memory that each has to itself
     measure.release(settings.device)
-    return {name: times[name] / REPLAYS if name in times else None for name in calls}
+    return {name: times[name] / counts[name] if name in times else None for name in calls}
 
 
-def replayed(graph: torch.cuda.CUDAGraph) -> Callable[[], None]:
+def replays_of(graph: torch.cuda.CUDAGraph, settings: Settings) -> int:
+    """How many replays of this graph are timed as one, by the time of its second: the first one uploads it."""
+    seconds = measure.interleaved_medians({"replay": graph.replay}, dataclasses.replace(settings, repeats=1))["replay"]
+    return 1 if seconds > LONG_SECONDS else REPLAYS
+
+
+def replayed(graph: torch.cuda.CUDAGraph, count: int) -> Callable[[], None]:
     def call() -> None:
-        for _ in range(REPLAYS):
+        for _ in range(count):
             graph.replay()
 
     return call

@@ -40,7 +40,7 @@ def moved_contenders(settings: Settings, shape: tuple[int, int]) -> dict[str, nn
     contenders = make_contenders(linear)
     for name, layer in list(contenders.items()):
         try:
-            measure.check(f"{name} at the start", layer(x).detach(), expected, settings.dtype)
+            measure.check(f"{name} at the start", forward_of(layer, x, settings)().detach(), expected, settings.dtype)
         except (RuntimeError, NotImplementedError) as error:
             if name in ("fura", "frozen"):
                 raise
@@ -49,7 +49,7 @@ def moved_contenders(settings: Settings, shape: tuple[int, int]) -> dict[str, nn
             continue
         measure.move(layer)
     expected = nn.functional.linear(x.float(), contenders["fura"].folded_weight(["default"]))
-    measure.check("fura after a step", contenders["fura"](x).detach(), expected, settings.dtype)
+    measure.check("fura after a step", forward_of(contenders["fura"], x, settings)().detach(), expected, settings.dtype)
     return contenders
 
 
@@ -62,14 +62,16 @@ def compare(
     x = torch.randn(tokens, in_features, **options, requires_grad=True)  # as in the middle of a network
     grad = torch.randn(tokens, out_features, **options)
 
-    def forward(layer: nn.Module) -> Callable[[], Any]:
-        return lambda: layer(x)
+    def forward(layer: nn.Module) -> Callable[[], torch.Tensor]:
+        return forward_of(layer, x, settings)
 
     def step(layer: nn.Module) -> Callable[[], Any]:
+        layer_forward = forward(layer)
+
         def call() -> None:
             x.grad = None
             layer.zero_grad(set_to_none=True)
-            layer(x).backward(grad)
+            layer_forward().backward(grad)
 
         return call
 
@@ -96,15 +98,28 @@ def compare(
         row["fura_step_ratio"] = fura["step_ms"] / row["step_ms"]
         row["fura_peak_ratio"] = fura["peak_mb"] / row["peak_mb"]
     if settings.device.type == "cuda":
-        gradients = {name: gradients_of(layer, x, grad) for name, layer in contenders.items()}
+        gradients = {name: gradients_of(layer, x, grad, settings) for name, layer in contenders.items()}
         add_graph_times(rows, graphed.interleaved_medians(gradients, settings, uncaptured))
     return rows
 
 
-def gradients_of(layer: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
+def forward_of(layer: nn.Module, x: torch.Tensor, settings: Settings) -> Callable[[], torch.Tensor]:
+    context = measure.autocast(settings)  # one for all calls: making it takes as long as entering it
+
+    def call() -> torch.Tensor:
+        with context:
+            return layer(x)
+
+    return call
+
+
+def gradients_of(
+    layer: nn.Module, x: torch.Tensor, grad: torch.Tensor, settings: Settings
+) -> Callable[[], tuple[torch.Tensor, ...]]:
     """Forward and backward without `.grad`: a graph that accumulates would add to it at every replay."""
     wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
-    return lambda: torch.autograd.grad(layer(x), wanted, grad, allow_unused=True)
+    forward = forward_of(layer, x, settings)
+    return lambda: torch.autograd.grad(forward(), wanted, grad, allow_unused=True)
 
 
 def add_graph_times(rows: list[dict[str, Any]], seconds: dict[str, float | None]) -> None:

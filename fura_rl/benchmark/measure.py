@@ -10,6 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class Settings:
     seconds: float  # a measurement stops repeating after this long, but never before three repeats
     sizes: tuple[str, ...]  # keys of `models.SIZES` whose layers are measured
     model: str  # another: the model of the whole-model benchmarks
+    autocast: bool = False  # every contender of the layer benchmark runs forward under autocast of `dtype`
     clock: Callable[[], float] = time.perf_counter  # seconds; `time.process_time` where others share the machine
     budget: Budget = field(default_factory=Budget)
     seeds: int = 5  # of studies that train
@@ -49,6 +51,11 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def autocast(settings: Settings) -> AbstractContextManager[Any]:
+    """Around a forward, as `bf16: true` puts it: trained tensors stay float32, their products are in `dtype`."""
+    return torch.autocast(settings.device.type, settings.dtype) if settings.autocast else nullcontext()
 
 
 @torch.no_grad()
@@ -159,6 +166,7 @@ def machine(settings: Settings) -> dict[str, Any]:
         "threads": None if large else torch.get_num_threads(),
         "clock": settings.clock.__name__,
         "dtype": str(dtype).removeprefix("torch."),
+        "autocast": settings.autocast,
         "copy_gb_per_second": round(2 * source.nbytes / times["copy"] / 1e9, 1),
         "matmul_tflop_per_second": round(2 * size**3 / times["matmul"] / 1e12, 3),
         "versions": {"torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__},

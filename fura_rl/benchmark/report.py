@@ -51,8 +51,9 @@ def machine_line(machine: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     threads = f", {machine['threads']} threads" if machine["threads"] else ""
     threads += ", CPU time" if machine["clock"] == "process_time" else ""
+    dtype = f"{machine['dtype']} (layers under autocast)" if machine["autocast"] else machine["dtype"]
     return (
-        f"{machine['device']}{threads}, {machine['dtype']}: copies {machine['copy_gb_per_second']} GB/s, multiplies "
+        f"{machine['device']}{threads}, {dtype}: copies {machine['copy_gb_per_second']} GB/s, multiplies "
         f"{machine['matmul_tflop_per_second']} TFLOP/s; {versions}"
     )
 
