@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fura_rl.adapters.blocks import plus_identity
+from fura_rl.adapters.blocks import adds_identity, as_factors
 from fura_rl.sync.rounding import round_weight
 
 Span = tuple[int, int]  # a half-open range of rows or columns
@@ -159,8 +159,9 @@ def _add_block_product(base: torch.Tensor, update: torch.Tensor, out: torch.Tens
     """out = (base + base blockdiag(update)), cut from the columns `wide` that base holds to `columns`."""
     update = update.to(base.dtype)
     n, b = update.shape[-3:-1]
-    if out.dtype == base.dtype == torch.float32 and wide == columns and out.stride(-2) == 1 != out.stride(-1):
-        _write_transposed_product(base.mT, plus_identity(update).mT, out.mT)
+    by_columns = out.stride(-2) == 1 != out.stride(-1)
+    if by_columns and adds_identity(base) and out.dtype == base.dtype and wide == columns:
+        _write_row_block_product(base.mT, as_factors(update, base).mT, out.mT)
         return
     whole = out if wide == columns and out.stride(-1) == 1 and out.dtype == base.dtype else torch.empty_like(base)
     if base.ndim > 2 or (base.device.type == "cpu" and base.dtype.itemsize > 2):
@@ -178,11 +179,8 @@ def _add_block_product(base: torch.Tensor, update: torch.Tensor, out: torch.Tens
         out.copy_(whole[:, columns[0] - wide[0] : columns[1] - wide[0]])
 
 
-def _write_transposed_product(base: torch.Tensor, matrices: torch.Tensor, out: torch.Tensor) -> None:
-    """out_i = matrices_i base_i for row blocks i of base and out, in float32: a product that nothing is added to.
-
-    I + D loses no more of D than the rounding of the result does, and nothing where D is 0.
-    """
+def _write_row_block_product(base: torch.Tensor, matrices: torch.Tensor, out: torch.Tensor) -> None:
+    """out_i = matrices_i base_i for row blocks i of `base` and `out`."""
     n, b, _ = matrices.shape
     blocks, target = base.unflatten(0, (n, b)), out.unflatten(0, (n, b))
     if target.is_contiguous():
