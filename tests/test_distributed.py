@@ -152,7 +152,7 @@ def test_two_servers_follow_a_sharded_trainer_that_gathers_once(rollout_server, 
     try:
         urls = f"{rollout_server.url},{second.wait_until_up().url}"
         command = ["tests/distributed_trainer.py", "fura,full", rollout_server.model, urls, tmp_path]
-        run_launched("fsdp2", *command, timeout=120)
+        run_launched("fsdp2", *command)
     finally:
         second.stop()
     for case in ("fura", "full"):

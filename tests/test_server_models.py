@@ -100,7 +100,8 @@ def test_the_one_stale_expert_of_a_server_is_named(moe_server, monkeypatch):
 def test_grpo_trains_experts_in_two_processes_on_one_server(moe_server, tmp_path):
     """Under FSDP2, where the stacks are in pieces: of them the probe is the proof."""
     command = grpo_command("fsdp2", "lora", moe_server, tmp_path / "run")
-    command += ["--adapter_target_modules", "q_proj", "--lora_target_parameters", "mlp.experts.down_proj"]
+    experts = '{"target_parameters": ["mlp.experts.down_proj"]}'
+    command += ["--adapter_target_modules", "q_proj", "--adapter_kwargs", experts]
     launch("fsdp2", *command)
     steps = training_lines(tmp_path / "run")
     assert all(entry["grad_norm"] > 0 for entry in steps), "it must learn something"
