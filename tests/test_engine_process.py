@@ -1,7 +1,7 @@
 """Factored sync into engines in other processes: one worker, and two that share every layer (tensor parallelism)."""
 
 import os
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import pytest
 import torch
@@ -156,22 +156,22 @@ EXPERTS = LoraConfig(
 )  # fmt: skip
 
 
-def trainer_of_experts(transport, folder, config, **settings):
-    engine = RemoteEngine(transport)
+@contextmanager
+def trainer_of_experts(transport, folder, config):
     policy = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config)
-    return policy, engine, WeightSync(policy, engine, PROBE, **settings)
+    with closing(RemoteEngine(transport)) as engine:
+        yield policy, engine, WeightSync(policy, engine, PROBE, probe_every=1)
 
 
 def check_a_mixture_of_experts_follows(transport, folder, config):
-    policy, engine, sync = trainer_of_experts(transport, folder, config, probe_every=1)
-    for step in range(2):
-        before = engine.prompt_logprobs(PROBE)
-        perturb_trained(policy, 0.1, seed=step)
-        report = sync.sync()
-        assert report.probe_max_gap < PARITY_NATS
-        assert (engine.prompt_logprobs(PROBE) - before).abs().max() > 100 * PARITY_NATS, "it must move"
-    assert report.audit_gain_min == pytest.approx(1.0, abs=0.02)
-    engine.close()
+    with trainer_of_experts(transport, folder, config) as (policy, engine, sync):
+        for step in range(2):
+            before = engine.prompt_logprobs(PROBE)
+            perturb_trained(policy, 0.1, seed=step)
+            report = sync.sync()
+            assert report.probe_max_gap < PARITY_NATS
+            assert (engine.prompt_logprobs(PROBE) - before).abs().max() > 100 * PARITY_NATS, "it must move"
+        assert report.audit_gain_min == pytest.approx(1.0, abs=0.02)
 
 
 def test_a_mixture_of_experts_in_another_process_follows_one_trainer_after_another(tmp_path):
@@ -181,8 +181,10 @@ def test_a_mixture_of_experts_in_another_process_follows_one_trainer_after_anoth
     with running(folder) as transport:
         for config in (attention, EXPERTS):
             check_a_mixture_of_experts_follows(transport, folder, config)
-        _, _, sync = trainer_of_experts(transport, folder, attention)
-        with pytest.raises(RemoteSyncError, match=r"experts\.down_proj.* 4 weights are still those of another trainer"):
+        refused = pytest.raises(
+            RemoteSyncError, match=r"experts\.down_proj.* 4 weights are still those of another trainer"
+        )
+        with trainer_of_experts(transport, folder, attention) as (_, _, sync), refused:
             sync.sync()
 
 

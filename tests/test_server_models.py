@@ -50,51 +50,50 @@ ONE_STACK = LoraConfig(task_type="CAUSAL_LM", r=4, target_parameters=["mlp.exper
 
 def test_a_served_mixture_of_experts_follows_one_trainer_after_another(moe_server):
     """What the stacks of the last one leave behind is in no checkpoint, so that a server must be started again."""
+    transport, folder = HttpTransport(moe_server.url), moe_server.model
     for config in (FURA, LORA, ONE_STACK, EXPERTS):
-        check_a_mixture_of_experts_follows(HttpTransport(moe_server.url), moe_server.model, config)
-    policy, engine, sync = trainer_of_experts(HttpTransport(moe_server.url), moe_server.model, FURA, probe_every=1)
-    with pytest.raises(RemoteSyncError, match=r"4 weights are still those of another trainer.* start the engine again"):
-        sync.sync()
-    moe_server.kill()
-    moe_server.wait_until_up()
-    perturb_trained(policy, 0.1, seed=0)
-    assert sync.sync().probe_max_gap < PARITY_NATS
-    engine.close()
+        check_a_mixture_of_experts_follows(transport, folder, config)
+    words = r"4 weights are still those of another trainer.* start the engine again"
+    with trainer_of_experts(transport, folder, FURA) as (policy, _, sync):
+        with pytest.raises(RemoteSyncError, match=words):
+            sync.sync()
+        moe_server.kill()
+        moe_server.wait_until_up()
+        perturb_trained(policy, 0.1, seed=0)
+        assert sync.sync().probe_max_gap < PARITY_NATS
 
 
 def test_adapted_experts_come_back_to_a_server_that_was_killed(moe_server):
-    policy, engine, sync = trainer_of_experts(HttpTransport(moe_server.url), moe_server.model, EXPERTS, probe_every=1)
-    perturb_trained(policy, 0.1, seed=0)
-    sync.sync()
-    before = engine.prompt_logprobs(PROBE)
-    moe_server.kill()
-    engine.restore(timeout=120.0)
-    assert torch.equal(engine.prompt_logprobs(PROBE), before)
-    engine.close()
+    with trainer_of_experts(HttpTransport(moe_server.url), moe_server.model, EXPERTS) as (policy, engine, sync):
+        perturb_trained(policy, 0.1, seed=0)
+        sync.sync()
+        before = engine.prompt_logprobs(PROBE)
+        moe_server.kill()
+        engine.restore(timeout=120.0)
+        assert torch.equal(engine.prompt_logprobs(PROBE), before)
 
 
 def test_the_one_stale_expert_of_a_server_is_named(moe_server, monkeypatch):
-    policy, engine, sync = trainer_of_experts(HttpTransport(moe_server.url), moe_server.model, EXPERTS)
-    sync.sync()
-    perturb_trained(policy, 0.1, seed=1)
-    assert sync.sync().audit_gain_min == pytest.approx(1.0, abs=0.02)
     stack = "model.layers.1.mlp.experts"
-    old = {name: weight.value()[3].clone() for name, weight in sync.weights.items() if weight.module_name == stack}
-    push = engine.push
-
-    def all_but_expert_3(update):
-        factors = dict(update.factors)
-        for name, expert in old.items():
-            weight = factors[name].tensors["weight"].clone()
-            weight[3] = expert
-            factors[name] = Factors("dense", {"weight": weight})
-        return push(replace(update, factors=factors))
-
-    monkeypatch.setattr(engine, "push", all_but_expert_3)
-    perturb_trained(policy, 0.1, seed=2)
-    with pytest.raises(StaleEngineError, match=rf"audit: 1 of \d+ modules .*{stack}\.3 "):
+    with trainer_of_experts(HttpTransport(moe_server.url), moe_server.model, EXPERTS) as (policy, engine, sync):
         sync.sync()
-    engine.close()
+        perturb_trained(policy, 0.1, seed=1)
+        assert sync.sync().audit_gain_min == pytest.approx(1.0, abs=0.02)
+        old = {name: weight.value()[3].clone() for name, weight in sync.weights.items() if weight.module_name == stack}
+        push = engine.push
+
+        def all_but_expert_3(update):
+            factors = dict(update.factors)
+            for name, expert in old.items():
+                weight = factors[name].tensors["weight"].clone()
+                weight[3] = expert
+                factors[name] = Factors("dense", {"weight": weight})
+            return push(replace(update, factors=factors))
+
+        monkeypatch.setattr(engine, "push", all_but_expert_3)
+        perturb_trained(policy, 0.1, seed=2)
+        with pytest.raises(StaleEngineError, match=rf"audit: 1 of \d+ modules .*{stack}\.3 "):
+            sync.sync()
 
 
 def test_grpo_trains_experts_in_two_processes_on_one_server(moe_server, tmp_path):
