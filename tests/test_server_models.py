@@ -69,7 +69,7 @@ def test_adapted_experts_come_back_to_a_server_that_was_killed(moe_server):
         sync.sync()
         before = engine.prompt_logprobs(PROBE)
         moe_server.kill()
-        engine.restore(timeout=120.0)
+        engine.restore(timeout=240.0)
         assert torch.equal(engine.prompt_logprobs(PROBE), before)
 
 
