@@ -28,14 +28,14 @@ def check_settings(args: GRPOConfig | None, peft_config: PeftConfig | None, held
         faults += [*sharding_faults(args, peft_config), *value_faults(args), *sharing_faults(args, peft_config)]
     if held_out is not None:
         faults += metric_faults(getattr(args, "metric_for_best_model", None), held_out)
-    faults += adapter_faults(args, peft_config)
+    faults += adapter_faults(peft_config)
     if "seed" in (getattr(args, "generation_kwargs", None) or {}):
         faults.append("generation_kwargs names a seed, with which all completions of a prompt are the same: set `seed`")
     if faults:
         raise ValueError("; ".join(faults))
 
 
-def adapter_faults(args: GRPOConfig | None, peft_config: PeftConfig | None) -> list[str]:
+def adapter_faults(peft_config: PeftConfig | None) -> list[str]:
     """What of the adapter would not reach the engine."""
     faults = []
     if set(getattr(peft_config, "modules_to_save", None) or ()) & {"embed_tokens", "lm_head"}:
@@ -46,12 +46,6 @@ def adapter_faults(args: GRPOConfig | None, peft_config: PeftConfig | None) -> l
         faults.append(
             "lora_bias=True trains a bias of the adapter's own, which the weight sync does not fold: set it to false, "
             "or train the layers' own biases with bias='lora_only'"
-        )
-    parameters = getattr(peft_config, "target_parameters", None)
-    if parameters and getattr(args, "use_vllm", False) and args.vllm_mode == "server":
-        faults.append(
-            f"target_parameters={parameters} adapts stacks of experts, which the checkpoint that a server folds from "
-            "holds one by one: use vllm_mode='colocate', or target_modules alone"
         )
     return faults
 

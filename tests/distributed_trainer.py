@@ -1,6 +1,6 @@
 """One process of a two-process trainer, run by test_distributed.py under `accelerate launch`.
 
-    distributed_trainer.py CASE,CASE... MODEL SERVER_URL FOLDER
+    distributed_trainer.py CASE,CASE... MODEL SERVER_URL[,SERVER_URL...] FOLDER
 
 Trains each case for a few steps, syncs to the server after each step, and writes what there is to compare, as
 FOLDER/CASE-PROCESS.pt: probe gaps, the payload as it was sent, trained tensors, which base parameters were gathered.
@@ -26,13 +26,15 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
 from fura_rl.adapters.registry import peft_config_for
+from fura_rl.rollout_client import RolloutClient
+from fura_rl.sync import remote_engine
 from fura_rl.sync.engine import Push, Update
 from fura_rl.sync.factors import Factors
 from fura_rl.sync.http_transport import HttpTransport
 from fura_rl.sync.probe import StaleEngineError
 from fura_rl.sync.remote_engine import Follower, RemoteEngine
 from fura_rl.sync.sharding import PeerFailedError, is_piece, local, whole
-from fura_rl.sync.weight_sync import WeightSync
+from fura_rl.sync.weight_sync import SyncReport, WeightSync
 
 TOKENS = [3 + 5 * i % 40 for i in range(40)]
 
@@ -85,18 +87,9 @@ def train_and_sync(accelerator: Accelerator, case: str, model: str, url: str) ->
     policy = policy_of(case, model)
     engine = RemoteEngine(HttpTransport(url)) if accelerator.is_main_process else Follower(torch.float32)
     sync = WeightSync(policy, engine, TOKENS, probe_every=1)
-    optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=1e-2)
-    wrapped, optimizer = accelerator.prepare(policy, optimizer)
     base = [p for p in policy.parameters() if not p.requires_grad]
-    reports = []
     with gathers_of(base) as gathered:
-        for step in range(3):
-            seed = torch.Generator().manual_seed(step + 10 * accelerator.process_index)
-            tokens = torch.randint(3, 40, (2, 16), generator=seed)
-            accelerator.backward(wrapped(input_ids=tokens, labels=tokens).loss)
-            optimizer.step()
-            optimizer.zero_grad()
-            reports.append(sync.sync())
+        reports = three_steps(accelerator, policy, sync)
     result = {
         "kind": accelerator.distributed_type.value,
         "processes": accelerator.num_processes,
@@ -112,6 +105,38 @@ def train_and_sync(accelerator: Accelerator, case: str, model: str, url: str) ->
         result["stale"] = error_of_rows_that_did_not_arrive(accelerator, policy, sync)
     result["non-finite"] = error_of_a_nan_in_the_last_process(accelerator, policy, sync)
     if accelerator.is_main_process:
+        engine.close()
+    return result
+
+
+def three_steps(accelerator: Accelerator, policy: torch.nn.Module, sync: WeightSync) -> list[SyncReport]:
+    optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=1e-2)
+    wrapped, optimizer = accelerator.prepare(policy, optimizer)
+    reports = []
+    for step in range(3):
+        seed = torch.Generator().manual_seed(step + 10 * accelerator.process_index)
+        tokens = torch.randint(3, 40, (2, 16), generator=seed)
+        accelerator.backward(wrapped(input_ids=tokens, labels=tokens).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        reports.append(sync.sync())
+    return reports
+
+
+def train_and_sync_replicas(accelerator: Accelerator, case: str, model: str, urls: str) -> dict[str, Any]:
+    """Several servers; whole weights are here what is too large to be kept from the first of them to the second."""
+    if case == "full":
+        remote_engine.KEPT_BYTES = 0
+    policy = policy_of(case, model)
+    engine = RolloutClient(urls, 120.0).engine if accelerator.is_main_process else Follower(torch.float32)
+    reports = three_steps(accelerator, policy, WeightSync(policy, engine, TOKENS, probe_every=1))
+    result = {
+        "gaps": [report.probe_max_gap for report in reports],
+        "gains": [report.audit_gain_min for report in reports],
+    }
+    if accelerator.is_main_process:
+        result["status"] = [replica.transport.call("fura_status")[0] for replica in engine.engines]
+        result["logprobs"] = [replica.prompt_logprobs(TOKENS) for replica in engine.engines]
         engine.close()
     return result
 
@@ -173,7 +198,7 @@ def main(cases: str, model: str, url: str, folder: str) -> None:
         allow_fsdp_on_cpu()
         accelerator = Accelerator(cpu=True)
     for case in cases.split(","):
-        result = train_and_sync(accelerator, case, model, url)
+        result = (train_and_sync_replicas if "," in url else train_and_sync)(accelerator, case, model, url)
         torch.save(result, Path(folder) / f"{case}-{accelerator.process_index}.pt")
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -13,11 +13,12 @@ import torch
 from conftest import PARITY_NATS, REPOSITORY
 from distributed_trainer import CASES, TOKENS, policy_of, served
 from peft import get_peft_model_state_dict
-from rollout_server import child_environment
+from rollout_server import RolloutServer, child_environment
 from safetensors.torch import load_file
 from test_resume import different, timeless
 
 from fura_rl.sync.http_transport import HttpTransport
+from fura_rl.sync.probe import max_gap
 from fura_rl.sync.remote_engine import RemoteEngine
 from fura_rl.sync.weight_sync import WeightSync
 
@@ -39,12 +40,18 @@ def launch(kind, *command):
 
 
 def run_launched(kind, *command, timeout=300):
-    done = subprocess.run(
-        launch_command(kind, *command),
-        capture_output=True, text=True, timeout=timeout, cwd=REPOSITORY, env=child_environment(OMP_NUM_THREADS="1"),
+    run = psutil.Popen(
+        launch_command(kind, *command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY,
+        env=child_environment(OMP_NUM_THREADS="1"),
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-16000:]
-    return done
+    try:
+        stdout, stderr = run.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        for process in [*run.children(recursive=True), run]:  # workers that wait for each other would outlive it
+            process.kill()
+        raise
+    assert run.returncode == 0, stdout[-3000:] + stderr[-16000:]
+    return subprocess.CompletedProcess(run.args, run.returncode, stdout, stderr)
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +144,24 @@ def test_a_nan_in_one_process_stops_them_all_with_its_words(kind, trained):
     assert here.startswith("PeerFailedError: process 1 of the trainer failed: FloatingPointError")
     assert words in here
     assert words in there
+
+
+def test_two_servers_follow_a_sharded_trainer_that_gathers_once(rollout_server, tmp_path):
+    """Who sends reads the policy once for both: the other process, which gathers along once, would leave it waiting."""
+    second = RolloutServer(rollout_server.model, tmp_path / "server.log").start()
+    try:
+        urls = f"{rollout_server.url},{second.wait_until_up().url}"
+        command = ["tests/distributed_trainer.py", "fura,full", rollout_server.model, urls, tmp_path]
+        run_launched("fsdp2", *command)
+    finally:
+        second.stop()
+    for case in ("fura", "full"):
+        here, there = (torch.load(tmp_path / f"{case}-{process}.pt") for process in (0, 1))
+        assert max(here["gaps"]) < PARITY_NATS, "the first server"
+        assert max_gap(*here["logprobs"]) < PARITY_NATS, "and the second"
+        assert [(status["version"], status["poisoned"]) for status in here["status"]] == [(3, None)] * 2
+        assert here["gains"] == there["gains"]
+        assert here["gains"][-1] == pytest.approx(1.0, abs=0.01)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")

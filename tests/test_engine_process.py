@@ -1,7 +1,7 @@
 """Factored sync into engines in other processes: one worker, and two that share every layer (tensor parallelism)."""
 
 import os
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import pytest
 import torch
@@ -149,46 +149,60 @@ def test_a_sync_that_is_dropped_is_named_by_the_audit(engine_process, monkeypatc
     engine.close()
 
 
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = LoraConfig(
     task_type="CAUSAL_LM", r=4, target_modules=["q_proj"],
     target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
 )  # fmt: skip
 
 
+@contextmanager
+def trainer_of_experts(transport, folder, config):
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config)
+    with closing(RemoteEngine(transport)) as engine:
+        yield policy, engine, WeightSync(policy, engine, PROBE, probe_every=1)
+
+
+def check_a_mixture_of_experts_follows(transport, folder, config):
+    with trainer_of_experts(transport, folder, config) as (policy, engine, sync):
+        for step in range(2):
+            before = engine.prompt_logprobs(PROBE)
+            perturb_trained(policy, 0.1, seed=step)
+            report = sync.sync()
+            assert report.probe_max_gap < PARITY_NATS
+            assert (engine.prompt_logprobs(PROBE) - before).abs().max() > 100 * PARITY_NATS, "it must move"
+        assert report.audit_gain_min == pytest.approx(1.0, abs=0.02)
+
+
 def test_a_mixture_of_experts_in_another_process_follows_one_trainer_after_another(tmp_path):
     """The last of them would leave the experts of the one before, which the checkpoint does not hold stacked."""
     folder = make_moe_checkpoint(tmp_path / "moe")
-    attention = peft_config_for("fura", ModelConfig(), ["q_proj", "k_proj", "v_proj", "o_proj"], None)
+    attention = peft_config_for("fura", ModelConfig(), ATTENTION, None)
     with running(folder) as transport:
         for config in (attention, EXPERTS):
-            engine = RemoteEngine(transport)
-            policy = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config)
-            sync = WeightSync(policy, engine, PROBE, probe_every=1)
-            for step in range(2):
-                before = engine.prompt_logprobs(PROBE)
-                perturb_trained(policy, 0.1, seed=step)
-                report = sync.sync()
-                assert report.probe_max_gap < PARITY_NATS
-                assert (engine.prompt_logprobs(PROBE) - before).abs().max() > 100 * PARITY_NATS, "it must move"
-            assert report.audit_gain_min == pytest.approx(1.0, abs=0.02)
-            engine.close()
-        policy = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), attention)
-        sync = WeightSync(policy, RemoteEngine(transport), PROBE)
-        with pytest.raises(RemoteSyncError, match=r"experts\.down_proj.* 4 weights are still those of another trainer"):
+            check_a_mixture_of_experts_follows(transport, folder, config)
+        refused = pytest.raises(
+            RemoteSyncError, match=r"experts\.down_proj.* 4 weights are still those of another trainer"
+        )
+        with trainer_of_experts(transport, folder, attention) as (_, _, sync), refused:
             sync.sync()
+
+
+def check_an_fp8_engine_follows(transport, folder):
+    engine = RemoteEngine(transport)
+    policy = make_policy(folder, "fura", torch.bfloat16)
+    sync = WeightSync(policy, engine, PROBE, probe_every=1, probe_tolerance=2.0)
+    floor = sync.sync().probe_max_gap
+    before = engine.prompt_logprobs(PROBE)
+    perturb_trained(policy, 4.0, seed=1)
+    report = sync.sync()
+    assert report.probe_max_gap < 3 * floor
+    assert (engine.prompt_logprobs(PROBE) - before).abs().max() > 3 * report.probe_max_gap, "it must move"
+    assert report.audit_gain_min == pytest.approx(1.0, abs=0.3)
+    engine.close()
 
 
 def test_an_fp8_engine_in_another_process_is_requantized_from_its_own_checkpoint(tmp_path):
     folder = make_tiny_checkpoint(tmp_path / "model", tied=False, dtype=torch.bfloat16)
     with running(folder, "bfloat16", quantization="fp8_per_channel") as transport:
-        engine = RemoteEngine(transport)
-        policy = make_policy(folder, "fura", torch.bfloat16)
-        sync = WeightSync(policy, engine, PROBE, probe_every=1, probe_tolerance=2.0)
-        floor = sync.sync().probe_max_gap
-        before = engine.prompt_logprobs(PROBE)
-        perturb_trained(policy, 4.0, seed=1)
-        report = sync.sync()
-        assert report.probe_max_gap < 3 * floor
-        assert (engine.prompt_logprobs(PROBE) - before).abs().max() > 3 * report.probe_max_gap, "it must move"
-        assert report.audit_gain_min == pytest.approx(1.0, abs=0.3)
-        engine.close()
+        check_an_fp8_engine_follows(transport, folder)

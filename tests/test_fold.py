@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from peft import (
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
-from trl import GRPOConfig, ModelConfig
+from trl import ModelConfig
 
 from fura_rl.adapters.fura_config import FuraConfig
 from fura_rl.adapters.registry import METHODS, peft_config_for
@@ -196,16 +195,6 @@ def test_a_bias_of_the_adapters_own_is_refused_and_the_layers_own_trained_biases
         check_settings(None, LoraConfig(lora_bias=True))
     trained = {weight.name for weight in checkpoint_weights(biased_policy(bias="lora_only")) if weight.trained}
     assert trained == {f"transformer.h.0.attn.c_attn.{name}" for name in ("weight", "bias")}
-
-
-@pytest.mark.parametrize(("mode", "refused"), [("server", True), ("colocate", False)])
-def test_adapted_stacks_of_experts_are_refused_at_a_server_before_anything_is_loaded(mode, refused, tmp_path):
-    args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, use_vllm=True, vllm_mode=mode)
-    expected = pytest.raises(
-        ValueError, match=r"target_parameters=\['mlp.experts.down_proj'\].*use vllm_mode='colocate'"
-    )
-    with expected if refused else nullcontext():
-        check_settings(args, LoraConfig(target_parameters=["mlp.experts.down_proj"]))
 
 
 @pytest.mark.parametrize(

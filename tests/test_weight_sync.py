@@ -3,9 +3,9 @@
 import pytest
 import torch
 from conftest import PARITY_NATS, perturb_trained, start_llm
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import ModelConfig
 
 from fura_rl.adapters.fura_tuner import fura_layers
@@ -359,6 +359,30 @@ def test_the_base_weight_before_the_adapter_moved_it_is_read_where_the_policy_is
     policy.to("meta")  # in place of a GPU, which refuses a product into another device's memory as well
     sync._starts[name] = start.to_device(torch.device("meta"))
     assert sync._checkpoint_read(sync._current_weights()[name])((0, 8), (0, 8)).device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("adapted", "sent"),
+    [("mlp.experts.down_proj", {"mlp.experts.down_proj", "mlp.experts.gate_up_proj"}), ("mlp.gate.weight", set())],
+)
+def test_beside_an_adapted_stack_of_experts_go_the_others_of_its_module(adapted, sent):
+    """An engine that folds from its own checkpoint could not read them: there experts lie one by one."""
+    config = Qwen3MoeConfig(
+        hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2, vocab_size=64,
+    )  # fmt: skip
+    adapter = LoraConfig(target_modules=["q_proj"], target_parameters=[adapted])
+    updates = []
+
+    class Listener(Follower):
+        def push(self, update):
+            updates.append(update)
+            return super().push(update)
+
+    WeightSync(get_peft_model(Qwen3MoeForCausalLM(config), adapter), Listener(torch.float32), PROBE).sync()
+    assert set(updates[0].factors) == {
+        f"model.layers.{layer}.{name}" for layer in range(2) for name in {"self_attn.q_proj.weight", adapted, *sent}
+    }
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,9 @@ class WeightSync:
         """Bring the engine to the policy's current weights.
 
         With `everything`, unadapted weights are sent too: for an engine whose memory was discarded while it slept.
-        The first sync also sends every weight that the policy holds quantized and the engine in 16 bits.
+        The first sync also sends every weight that the policy holds quantized and the engine in 16 bits.  Beside a
+        trained stack of experts go the others of its module: an engine rebuilds that whole, and its own checkpoint
+        holds experts one by one, under other names.
 
         Raises:
             FloatingPointError: where a trained parameter is not finite; the engine keeps the weights it has.
@@ -180,10 +182,14 @@ class WeightSync:
         self.weights = self._current_weights()
         with failing_together():
             refuse_non_finite(self.weights.values())
+        stacks = self._modules_of_trained_stacks()
         chosen = [
             weight
             for weight in self.weights.values()
-            if everything or weight.trained or (self._first and weight.quantized is not None)
+            if everything
+            or weight.trained
+            or (self._first and weight.quantized is not None)
+            or weight.module_name in stacks
         ]
         # of a policy in pieces every process audits the rows it holds, else the one that speaks to the engine all
         shared = any(is_piece(weight.parameter) for weight in self.weights.values())
@@ -226,6 +232,12 @@ class WeightSync:
             audit_gain_min=min(gains.values(), default=None),
             update_cosine=watch.cosine.value() if watch.all_bases_kept and not self.follows else None,
         )
+
+    def _modules_of_trained_stacks(self) -> set[str]:
+        """The modules of trained experts that an engine cannot read from its checkpoint."""
+        if self.engine.reads_the_trainers_base:
+            return set()
+        return {weight.module_name for weight in self.weights.values() if weight.trained and len(weight.shape) == 3}
 
     def _push(self, chosen: list[CheckpointWeight], watch: UpdateWatch, shared: bool) -> Push:
         """Hand `chosen` to the engine, noting what each of its kernels must compute afterwards."""
