@@ -313,6 +313,19 @@ def resumable_checkpoints(values: Values) -> str | None:
     return None
 
 
+def heard_adapter_settings(values: Values) -> str | None:
+    """TRL's settings of LoRA that this project has others for: given, they would be passed over in silence."""
+    instead = {
+        "lora_target_modules": "adapter_target_modules",
+        "lora_target_parameters": "adapter_kwargs with target_parameters",
+        "lora_modules_to_save": "adapter_kwargs with modules_to_save",
+        "use_dora": "adapter: dora",
+    }
+    given = {name: mend for name, mend in instead.items() if values[name]}
+    faults = [f"{name}={values[name]!r} is not read here, since adapters are many: set {given[name]}" for name in given]
+    return "; ".join(faults) or None
+
+
 def named_output_dir(values: Values) -> str | None:
     return "output_dir='' names no folder for checkpoints and results" if values["output_dir"] == "" else None
 
@@ -346,6 +359,7 @@ TOGETHER: dict[Callable[[Values], str | None], tuple[str, ...]] = {
     addresses_of_servers: ("vllm_server_base_url",),
     something_to_evaluate: ("eval_strategy", "eval_problems"),
     resumable_checkpoints: ("save_only_model",),
+    heard_adapter_settings: ("lora_target_modules", "lora_target_parameters", "lora_modules_to_save", "use_dora"),
     named_output_dir: ("output_dir",),
     present_model: ("model_name_or_path",),
     present_data: ("dataset_name", "dry_run", "datasets"),

@@ -130,6 +130,8 @@ def test_an_unknown_adapter():
         (["--bf16", "true", "--fp16", "true"], r"bf16 and fp16 are both true"),
         (["--reward_funcs", "math_rewad"], r"reward_funcs='math_rewad' .*did you mean 'math_reward'\?"),
         (["--report_to", "swanlab"], r"report_to=swanlab is not installed: pip install swanlab"),
+        (["--lora_target_modules", "q_proj"], r"lora_target_modules=.* is not read here.*set adapter_target_modules"),
+        (["--use_dora", "true"], r"use_dora=True is not read here.*set adapter: dora"),
         (["--eval_samples", "0"], r"eval_samples='0' in the command line: expected 1 or more"),
         (["--adam_beta1", "2"], r"adam_beta1='2' in the command line: expected at least 0 and less than 1"),
         (["--adam_beta2", "1"], r"adam_beta2='1' .*expected at least 0 and less than 1"),
