@@ -17,7 +17,7 @@ from fura_rl.sync.rounding import round_weight
 
 # Of samples that wait for more of their shape, so many bytes at most: elsewhere a part of one layer, on a CPU what its
 # cache holds (four times as much costs more than the operations that it saves).
-WAITING_BYTES = 32 * 2**20
+WAITING_BYTES = 16 * 2**20
 CPU_WAITING_BYTES = 2 * 2**20
 
 
