@@ -36,7 +36,11 @@ class Worker:
         if method == "fura_claim":
             self.owner = info.get("owner")
         if method == "fura_replies":
-            return [{}] if self.owner is None else [{"w0": [pack(torch.full((VECTORS,), float(self.version))), pack(torch.ones(VECTORS)), 0.0]}]
+            return (
+                [{}]
+                if self.owner is None
+                else [{"w0": [pack(torch.full((VECTORS,), float(self.version))), pack(torch.ones(VECTORS)), 0.0]}]
+            )
         if method == "fura_update" and info.get("commit"):
             self.call("commit")
             assert sorted(self.staged) == list(range(info["chunk_count"]))

@@ -324,7 +324,7 @@ def stale_message(stale: list[str], gains: dict[str, float], syncs: int) -> str:
     )
     return (
         f"weight sync failed its audit: {len(stale)} of {len(gains)} modules do not compute with the weights they were "
-        f"sent, twice: {shown}{more}. Gain 1 is fresh, 0 stale. Likely cause: {cause}. Rollouts would come from "
+        f"sent, twice: {shown}{more}. Gain 1 is fresh, 0 stale, nan no answer or none that is finite. Likely cause: {cause}. Rollouts would come from "
         "another policy than the one trained, so the run stops here"
     )
 
