@@ -223,9 +223,10 @@ def test_a_module_that_could_not_be_filled_computes_what_it_did_from_where_it_di
         fill(region, *args)
 
     perturb_trained(policy, 2.0, seed=1)
-    with monkeypatch.context() as starved, pytest.raises(MemoryError):
-        starved.setattr(vllm_model, "fill", half_way)
+    monkeypatch.setattr(vllm_model, "fill", half_way)
+    with pytest.raises(MemoryError):
         sync.sync()
+    monkeypatch.undo()
     assert torch.equal(kernel(x), before)
     assert module.weight.data_ptr() == address
     assert engine.model.poisoned

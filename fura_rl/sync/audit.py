@@ -132,9 +132,9 @@ class KernelAudit:
         """The gain of every layer whose update is large enough to be seen through the engine's rounding.
 
         Of a weight that several workers or replicas hold, the worst; a worker whose own part has moved too little to
-        be seen is left out, and so is a weight that no kernel multiplies by.  One that was answered for once and is so no
-        longer, or in parts, has a gain that is no number: nothing is known of it.  The update is one of so many `syncs`: what misses one of them is nearer to 1 by as much,
-        so that an update must be as much larger to be judged by.
+        be seen is left out, and so is a weight that no kernel multiplies by.  One that was answered for whole once and
+        is so no longer has a gain that is no number: nothing is known of it.  The update is one of so many `syncs`:
+        what misses one of them is nearer to 1 by as much, so that an update must be as much larger to be judged by.
         """
         self._expected, self._previous = on_host(self._expected), on_host(self._previous)
         eps = torch.finfo(engine.dtype).eps
