@@ -190,6 +190,17 @@ def test_a_layer_the_engine_does_not_have_is_left_out(base):
     assert audit.gains(Matrices(torch.float32)) == {}
 
 
+@pytest.mark.parametrize(("bounds", "workers"), [((0,), 0), ((0, 16), 1)])
+def test_a_layer_that_was_answered_for_once_must_be_answered_for_again_and_whole(base, bounds, workers):
+    audit, new = KernelAudit(), base + 0.01 * torch.randn_like(base)
+    newer = new + 0.01 * torch.randn_like(base)
+    expect(audit, new, base)
+    audit.accept(audit.gains(Workers(torch.float32, (0, 16, 32), 2 * [new])))
+    expect(audit, newer, None)
+    assert stale_modules(audit.gains(Workers(torch.float32, bounds, workers * [newer]))) == ["layer"]
+    assert stale_modules(audit.gains(Workers(torch.float32, (0, 16, 32), 2 * [newer]))) == []
+
+
 @pytest.mark.parametrize("bounds", [(0, 16, 32), (0, 8, 16, 24, 32), tuple(range(0, 33, 4)), (0, 11, 22, 32)])
 def test_one_stale_worker_of_those_that_share_the_columns_is_named(base, bounds):
     new, workers = base + 0.01 * torch.randn_like(base), len(bounds) - 1

@@ -137,12 +137,18 @@ def test_one_worker_left_behind_is_named_by_the_audit(engine_process, case):
     engine.close()
 
 
-def test_a_sync_that_is_dropped_is_named_by_the_audit(engine_process, monkeypatch):
-    """The second sync is acknowledged and dropped: what the audit finds in the kernels is the version before."""
+def test_a_sync_of_the_weights_before_is_named_by_the_audit(engine_process, monkeypatch):
+    """The second sync is acknowledged, and brings what the first one brought."""
     policy, engine, sync = trainer_on(engine_process, "fura", probe_every=100)
     sync.sync()
     perturb_trained(policy, 0.1, seed=0)
-    monkeypatch.setattr(engine, "_deliver", lambda message: {"stage": 0.0, "commit": 0.0})
+    deliver, before = engine._deliver, engine._last
+
+    def deliver_before(message):
+        before.version = message.version
+        return deliver(before)
+
+    monkeypatch.setattr(engine, "_deliver", deliver_before)
     with pytest.raises(RuntimeError, match=r"14 of 14 modules .*nothing of this sync arrived"):
         sync.sync()
     monkeypatch.undo()

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
 from fura_rl.adapters.registry import peft_config_for
-from fura_rl.sync import payload
+from fura_rl.sync import payload, vllm_model
 from fura_rl.sync.base_weights import BaseWeights
 from fura_rl.sync.factors import Factors
 from fura_rl.sync.fingerprint import base_sample
@@ -226,6 +226,40 @@ def test_a_commit_that_fails_half_way_is_undone(trainer):
     assert trainer.engine.model.poisoned is None
     assert trainer.receiver.version == 2
     assert torch.allclose(trainer.logprobs(), before, atol=1e-6)
+
+
+def test_a_commit_that_fails_inside_a_fused_module_is_undone(trainer, monkeypatch):
+    trainer.stage(2, trainer.chunks())
+    trainer.commit(2)
+    before = trainer.logprobs()
+    perturb_trained(trainer.policy, 0.2, seed=1)
+    trainer.stage(3, trainer.chunks())
+    fill, failures = vllm_model.fill, []
+
+    def half_way(region, *args):
+        if region.name == "model.layers.1.mlp.up_proj.weight" and not failures:
+            failures.append(region)
+            raise MemoryError("out of memory in a fold")
+        fill(region, *args)
+
+    monkeypatch.setattr(vllm_model, "fill", half_way)
+    with pytest.raises(MemoryError):
+        trainer.commit(3)
+    assert trainer.engine.model.poisoned is None
+    assert torch.allclose(trainer.logprobs(), before, atol=1e-6)
+    trainer.commit(3)
+    assert (trainer.logprobs() - expected(trainer.policy)).abs().max() < 1e-5
+
+
+def test_a_trainer_that_does_not_know_what_one_before_has_changed_is_told_to_start_the_engine_again(trainer):
+    trainer.stage(2, with_norm(trainer))
+    trainer.commit(2, count=2)
+    trainer.receiver.release("trainer")
+    shapes = {name: weight.shape for name, weight in trainer.weights.items() if name != NORM}
+    trainer.receiver.claim("other", 30.0, shapes, {})
+    trainer.stage(3, trainer.chunks(), owner="other")
+    with pytest.raises(PayloadError, match=rf"{NORM}: 1 weights are still .*start the engine again"):
+        trainer.receiver.commit("other", 3, 1)
 
 
 def test_a_commit_that_cannot_be_undone_leaves_the_engine_refusing_to_generate(trainer, caplog):

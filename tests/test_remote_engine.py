@@ -26,16 +26,23 @@ class Worker:
     lease_seconds, timeout = float("inf"), 5.0
 
     def __init__(self, faults=None):
-        self.staged, self.served, self.version = {}, {}, 0
+        self.staged, self.served, self.version, self.owner = {}, {}, 0, None
         self.commits = []
         self.faults = dict(faults or {})
 
     def call(self, method, info=None, **_):
         if fault := self.faults.pop(method, None):
             raise fault
+        if method == "fura_claim":
+            self.owner = info.get("owner")
         if method == "fura_replies":
-            return [{"w0": [pack(torch.full((VECTORS,), float(self.version))), pack(torch.ones(VECTORS)), 0.0]}]
+            return (
+                [{}]
+                if self.owner is None
+                else [{"w0": [pack(torch.full((VECTORS,), float(self.version))), pack(torch.ones(VECTORS)), 0.0]}]
+            )
         if method == "fura_update" and info.get("commit"):
+            self.call("commit")
             assert sorted(self.staged) == list(range(info["chunk_count"]))
             chunks = [payload.decode(*self.staged[index]) for index in sorted(self.staged)]
             self.served, self.version = {name: f for chunk in chunks for name, f in chunk.items()}, info["version"]
@@ -46,12 +53,16 @@ class Worker:
             if info["index"] == 0:
                 self.staged = {}
             self.staged[info["index"]] = base64.b64decode(info["source"]["inline"]), info["crc32"]
-        return [{"error": None, "pid": 1, "version": self.version, "owner": None, "poisoned": None}]
+        return [{"error": None, "pid": 1, "version": self.version, "owner": self.owner, "poisoned": None}]
 
     def pause(self):
         pass
 
-    resume = pause
+    def resume(self):
+        self.call("resume")
+
+    def restart(self):
+        self.served, self.version, self.owner = {}, 0, None
 
     def stamp(self, version):
         self.call("stamp")
@@ -144,9 +155,30 @@ def test_an_engine_that_comes_back_is_brought_to_the_version_once(policy, fault,
     assert min(push.phases.values()) > 0
 
 
+def test_a_lost_engine_is_brought_back_though_it_cannot_be_resumed(policy, caplog):
+    worker = Worker({"commit": EngineLostError("gone"), "resume": RemoteSyncError("refused")})
+    RemoteEngine(worker).push(policy.update())
+    assert policy.arrived_in(worker)
+    assert "could not be resumed: RemoteSyncError('refused')" in caplog.text
+
+
+def test_an_engine_that_was_started_again_since_the_commit_is_brought_back_before_its_answer_counts(policy):
+    worker = Worker()
+    engine = RemoteEngine(worker)
+    engine.prepare({}, {})
+    engine.push(policy.update())
+    worker.restart()
+    [reply] = engine.kernel_replies({"w0": [(0, 1)]})
+    assert reply["w0"].output.tolist() == [[1.0]] * VECTORS
+    worker.restart()
+    assert engine.prompt_logprobs([1, 2, 3]).tolist() == [-1.0, -1.0]
+    assert worker.commits == [1, 1, 1]
+
+
 def test_an_engine_that_comes_back_is_asked_again(policy):
     worker = Worker()
     engine = RemoteEngine(worker)
+    engine.prepare({}, {})
     engine.push(policy.update())
     worker.faults = {"prompt_logprobs": EngineLostError("gone")}
     assert engine.prompt_logprobs([1, 2, 3]).tolist() == [-1.0, -1.0]

@@ -53,7 +53,13 @@ def test_every_replica_serves_the_version_that_was_synced(servers, tied_checkpoi
     assert len(output["completion_ids"]) == 6
     first, second = client.engine.engines
     perturb_trained(policy, 0.1, seed=9)
-    monkeypatch.setattr(second, "_deliver", lambda message: {"stage": 0.0, "commit": 0.0})  # it is left behind
+    deliver, before = second._deliver, second._last
+
+    def deliver_before(message):
+        before.version = message.version
+        return deliver(before)
+
+    monkeypatch.setattr(second, "_deliver", deliver_before)
     with pytest.raises(StaleEngineError, match="14 of 14 modules"):
         sync.sync()
     assert first.serves_last()

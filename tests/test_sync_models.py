@@ -198,3 +198,40 @@ def test_an_interrupted_write_makes_the_engine_refuse_to_generate_until_it_is_sy
         engine.model.model(None, None)
     monkeypatch.undo()
     assert sync.sync().probe_max_gap < PARITY_NATS
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "tolerance"), [("float32", None, PARITY_NATS), ("bfloat16", "fp8_per_channel", 2.0)]
+)
+def test_a_module_that_could_not_be_filled_computes_what_it_did_from_where_it_did(
+    tmp_path, monkeypatch, dtype, quantization, tolerance
+):
+    folder = make_tiny_checkpoint(tmp_path / "model", tied=False, dtype=getattr(torch, dtype))
+    engine = start(folder, dtype, quantization=quantization)
+    policy = adapted(folder, "fura", dtype=getattr(torch, dtype))
+    sync = WeightSync(policy, engine, PROBE, probe_every=1, probe_tolerance=tolerance)
+    sync.sync()
+    name = "model.layers.1.mlp.gate_up_proj"
+    module, kernel = engine.model.modules[name], engine.model.kernel(name)
+    x = torch.randn(3, 64, dtype=getattr(torch, dtype))
+    address, before = module.weight.data_ptr(), kernel(x)
+    fill = vllm_model.fill
+
+    def half_way(region, *args):
+        if region.name == "model.layers.1.mlp.up_proj.weight":
+            raise MemoryError("out of memory in a fold")
+        fill(region, *args)
+
+    perturb_trained(policy, 2.0, seed=1)
+    monkeypatch.setattr(vllm_model, "fill", half_way)
+    with pytest.raises(MemoryError):
+        sync.sync()
+    monkeypatch.undo()
+    assert torch.equal(kernel(x), before)
+    assert module.weight.data_ptr() == address
+    assert engine.model.poisoned
+    report = sync.sync()
+    assert not torch.equal(kernel(x), before)
+    assert module.weight.data_ptr() == address
+    assert report.probe_max_gap < tolerance
+    assert report.audit_gain_min == pytest.approx(1.0, abs=0.3)

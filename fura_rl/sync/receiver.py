@@ -158,7 +158,7 @@ class Receiver:
         factors = self._validate(version, chunk_count)
         checked = time.monotonic()
         put_back = self._left_over_beside(factors)
-        self.model.check_places([*factors, *sorted(put_back)])
+        self.model.check_places(factors)
         sound, before = self.model.poisoned is None, self._changed
         self._changed = before | factors.keys()
         try:
@@ -190,13 +190,14 @@ class Receiver:
         """The weights that owners before have changed and `factors` does not: to be put back to the base.
 
         Raises:
-            PayloadError: where the checkpoint does not hold one of those as one tensor (experts, stacked by a policy).
+            PayloadError: where the checkpoint does not hold one of those as one tensor (experts, stacked by a policy),
+                or the policy of this owner has it under another name, so that its place is not known.
         """
         left_over = self._left_over - factors.keys()
-        if lost := sorted(name for name in left_over if name not in self.base):
+        if lost := sorted(name for name in left_over if name not in self.base or name not in self.model.owners):
             raise payload.PayloadError(
                 f"{', '.join(lost[:4])}: {len(lost)} weights are still those of another trainer, and the engine cannot "
-                "read them back, since its checkpoint holds them under other names; start the engine again"
+                "put them back, since its checkpoint or the policy holds them under other names; start the engine again"
             )
         return left_over
 

@@ -163,18 +163,25 @@ class Message:
 
 
 @contextlib.contextmanager
-def settled(message: Message) -> Iterator[Message]:
-    """`message`, settled afterwards: after a failure too, since other processes may wait to gather along.  That failure
-    is what is raised, whatever else goes wrong then."""
+def finally_doing(last: Callable[[], None], failure: str) -> Iterator[None]:
+    """`last()` afterwards, after a failure too; that failure is what is raised, whatever goes wrong in `last`, which is
+    logged as `failure`."""
     try:
-        yield message
+        yield
     except BaseException as first:
         try:
-            message.settle()
+            last()
         except Exception as error:
-            logger.warning("after %r the rest of the policy could not be read: %r", first, error)
+            logger.warning("after %r %s: %r", first, failure, error)
         raise
-    message.settle()
+    last()
+
+
+@contextlib.contextmanager
+def settled(message: Message) -> Iterator[Message]:
+    """`message`, settled afterwards: after a failure too, since other processes may wait to gather along."""
+    with finally_doing(message.settle, "the rest of the policy could not be read"):
+        yield message
 
 
 def message_of(update: Update, engine_dtype: torch.dtype, receivers: int = 1) -> Message:
@@ -319,13 +326,24 @@ class RemoteEngine:
         except EngineLostError as lost:
             return self._recover(lost)
 
-    def _recovering(self, call: Callable[[], Any]) -> Any:
-        """`call()`, once more where the engine was lost and came back with the last version."""
+    def _of_last(self, ask: Callable[[], Any]) -> Any:
+        """`ask()`, answered by the last version; once more where the engine was lost and came back with it.
+
+        Raises:
+            EngineLostError: where it is lost again, or does not come back in time.
+        """
+
+        def answer() -> Any:
+            found = ask()
+            if not self.serves_last():  # what was started again meanwhile answers, too, with other weights or nothing
+                raise EngineLostError(f"{self.transport.address} does not serve version {self._last.version} any more")
+            return found
+
         try:
-            return call()
+            return answer()
         except EngineLostError as lost:
             self._recover(lost)
-            return call()
+            return answer()
 
     def _recover(self, lost: EngineLostError) -> dict[str, float]:
         logger.warning("%s; waiting for it to come back", lost)
@@ -355,13 +373,11 @@ class RemoteEngine:
     def _commit(self, info: dict[str, Any]) -> None:
         """Commit between two steps of the engine; workers that disagree afterwards are made to refuse to generate."""
         self.transport.pause()
-        try:
+        with finally_doing(self.transport.resume, f"{self.transport.address} could not be resumed"):
             replies = self.transport.call("fura_update", info=info)
             failed = [reply for reply in replies if reply["error"]]
             if failed and len(failed) < len(replies):
                 self.transport.call("fura_poison", reason=f"a worker could not commit: {failed[0]['error']}")
-        finally:
-            self.transport.resume()
         if failed:
             raise RemoteSyncError(f"{self.transport.address}: {failed[0]['error']}")
         self.transport.stamp(info["version"])
@@ -370,7 +386,7 @@ class RemoteEngine:
         if not spans:
             return []
         wanted = {name: [list(s) for s in part] for name, part in spans.items()}
-        replies = self._recovering(lambda: self.transport.call("fura_replies", spans=wanted))
+        replies = self._of_last(lambda: self.transport.call("fura_replies", spans=wanted))
         return [
             {
                 name: KernelReply(unpack(output).reshape(VECTORS, -1), unpack(covered), eps)
@@ -380,7 +396,7 @@ class RemoteEngine:
         ]
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> torch.Tensor:
-        return self._recovering(lambda: self.transport.prompt_logprobs(token_ids))
+        return self._of_last(lambda: self.transport.prompt_logprobs(token_ids))
 
     def _checked(self, method: str, **arguments: Any) -> list[dict[str, Any]]:
         replies = self.transport.call(method, **arguments)

@@ -27,11 +27,13 @@ from fura_rl.sync.factors import Factors, Read, Span, fold_slice
 
 VLLM_VERSIONS_READ = "0.31"
 
+PROCESSED = "_already_called_process_weights_after_loading"  # vLLM's mark of a module that is quantized already
 PRIVATE_NAMES = {
     "vllm.distributed.weight_transfer.sharded_rdt_fake": ("BakeSink", "FakeRDTTensor"),
     "vllm.distributed.weight_transfer.sharded_rdt_engine": ("ShardedRDTWeightTransferEngine",),
     "vllm.model_executor.model_loader.reload.layerwise": (
-        "initialize_layerwise_reload", "get_layerwise_info", "_copy_and_restore_kernel_tensors",
+        "initialize_layerwise_reload", "get_layerwise_info",
+        "_copy_and_restore_kernel_tensors", "_place_kernel_tensors",
     ),
     "vllm.model_executor.model_loader.reload.meta": ("restore_layer_on_meta", "materialize_layer"),
     "vllm.model_executor.model_loader.reload.utils": ("get_layer_params_buffers",),
@@ -502,7 +504,8 @@ def lies_column_by_column(parameter: torch.Tensor) -> bool:
 def rebuilt(module: nn.Module, by_columns: bool = False) -> Any:
     """The module in checkpoint layout, uninitialised, to be filled; packed again into its kernel's tensors afterwards.
 
-    With `by_columns` its weight lies in memory as its transpose.
+    With `by_columns` its weight lies in memory as its transpose.  Where filling it fails, the module is put together as
+    it was, its kernel's tensors in their storage, which CUDA graphs read.
     vLLM's own steps for one layer of a reload.  One layer's worth of memory; on CPU glibc finds no place for an aligned
     block in the hole that one of its size left, so the heap grows by several (0.5 GB at 0.6B parameters).  To return
     each hole at once by `malloc_trim` keeps it to 70 MB and doubles the time of the fold, in page faults.
@@ -513,21 +516,27 @@ def rebuilt(module: nn.Module, by_columns: bool = False) -> Any:
     info = layerwise.get_layerwise_info(module)
     info.kernel_tensors = get_layer_params_buffers(module)
     info.kernel_non_persistent_buffers = set(module._non_persistent_buffers_set)
-    meta.restore_layer_on_meta(module, info)
-    meta.materialize_layer(module, info)
-    if by_columns:
-        module.weight.data = torch.empty_like(module.weight.mT, memory_format=torch.contiguous_format).mT
-    if hasattr(module, "_already_called_process_weights_after_loading"):
-        del module._already_called_process_weights_after_loading
-    yield
-    if hasattr(module, "cpu_linear"):  # the packed weight before goes first, so that the new one takes its place
-        del module.cpu_linear
-    module.quant_method.process_weights_after_loading(module)
-    pack_cpu_experts(module)
-    if hasattr(module, "update_param_tp_status"):
-        module.update_param_tp_status()
-    layerwise._copy_and_restore_kernel_tensors(module, info)
-    info.reset()
+    processed = {name: vars(module)[name] for name in (PROCESSED,) if name in vars(module)}
+    try:
+        meta.restore_layer_on_meta(module, info)
+        meta.materialize_layer(module, info)
+        if by_columns:
+            module.weight.data = torch.empty_like(module.weight.mT, memory_format=torch.contiguous_format).mT
+        vars(module).pop(PROCESSED, None)
+        yield
+        if hasattr(module, "cpu_linear"):  # the packed weight before goes first, so that the new one takes its place
+            del module.cpu_linear
+        module.quant_method.process_weights_after_loading(module)
+        pack_cpu_experts(module)
+        if hasattr(module, "update_param_tp_status"):
+            module.update_param_tp_status()
+        layerwise._copy_and_restore_kernel_tensors(module, info)
+    except BaseException:
+        layerwise._place_kernel_tensors(module, info)
+        vars(module).update(processed)
+        raise
+    finally:
+        info.reset()
 
 
 def pack_cpu_experts(module: nn.Module) -> None:

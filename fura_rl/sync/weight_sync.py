@@ -245,7 +245,10 @@ class WeightSync:
         if self.rounding == "stochastic" and self.engine.dtype.itemsize == 2:
             seed = hash((self.seed, self.version)) % 2**62
 
+        begun: set[str] = set()
+
         def make(weight: CheckpointWeight) -> Factors:
+            begun.add(weight.name)
             factors = self._factors(weight)
             watch.note(weight, factors, seed)
             return factors
@@ -258,14 +261,27 @@ class WeightSync:
             rounding_seed=seed,
             read_once=shared,
         )
-        push = self.engine.push(update)
-        for weight in chosen:
-            if not watch.saw(weight):  # the engine never asked for it: then the audit must miss it
-                make(weight)
+        try:
+            push = self.engine.push(update)
+            for weight in chosen:
+                if not watch.saw(weight):  # the engine never asked for it: then the audit must miss it
+                    make(weight)
+        except Exception:
+            if shared:
+                self._gather_along([weight for weight in chosen if weight.name not in begun])
+            raise
         phases = dict(push.phases)
         phases["fold"] = max(0.0, phases.get("fold", 0.0) - watch.seconds)
         watch.finish()
         return Push(push.payload_bytes, phases)
+
+    def _gather_along(self, weights: Iterable[CheckpointWeight]) -> None:
+        """Take part in the gathers of `weights`, in which the other processes wait for this one, which has failed."""
+        for weight in weights:
+            try:
+                self._factors(weight)
+            except Exception as error:
+                logger.warning("weight sync: %s could not be gathered after a failure: %r", weight.name, error)
 
     def _expect_of_experts(self) -> None:
         for layer in expert_layers(self.model, self.weights.values()):
@@ -336,8 +352,8 @@ def stale_message(stale: list[str], gains: dict[str, float], syncs: int) -> str:
     )
     return (
         f"weight sync failed its audit: {len(stale)} of {len(gains)} modules do not compute with the weights they were "
-        f"sent, twice: {shown}{more}. Gain 1 is fresh, 0 stale. Likely cause: {cause}. Rollouts would come from "
-        "another policy than the one trained, so the run stops here"
+        f"sent, twice: {shown}{more}. Gain 1 is fresh, 0 stale, nan no finite answer. Likely cause: {cause}. Rollouts "
+        "would come from another policy than the one trained, so the run stops here"
     )
 
 
