@@ -75,6 +75,9 @@ def main(argv: list[str]) -> int:
         print("error: --cpu_time is for --device cpu; a GPU's time is on the wall", file=sys.stderr)
         return 2
     dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
+    if args.autocast and args.benchmark not in ("layer", "all"):
+        print(f"error: --autocast is for the layer benchmark, and {args.benchmark} would leave it out", file=sys.stderr)
+        return 2
     if args.autocast and dtype is torch.float32:
         print("error: --autocast of float32 changes nothing; give --dtype bfloat16 or float16", file=sys.stderr)
         return 2

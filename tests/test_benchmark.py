@@ -207,7 +207,7 @@ def test_a_capture_that_fails_is_named_and_tried_again_only_where_memory_was_sho
         calls.clear()
         times = graphed.interleaved_medians(named, small_settings(), uncaptured)
         assert [call for call in calls if call != "replay"] == tried
-        assert calls.count("replay") == 2 + (1 + 3) * graphed.REPLAYS, "two to judge, a warm-up and three repeats"
+        assert calls.count("replay") == 4 + (1 + 3) * graphed.REPLAYS, "four to judge, a warm-up and three repeats"
         assert times["fura"] > 0
         assert times["oft"] is times["dora"] is None
     assert capsys.readouterr().out.count("oft has no time as a CUDA graph: operation not permitted when stream") == 1
@@ -229,8 +229,8 @@ def test_long_replays_are_timed_one_by_one_and_short_ones_together(monkeypatch):
     calls = {"short": ("short", 0.9 * graphed.LONG_SECONDS), "long": ("long", 1.1 * graphed.LONG_SECONDS)}
     times = graphed.interleaved_medians(calls, small_settings(clock=lambda: now[0]), set())
     assert times == pytest.approx({name: seconds for name, seconds in calls.values()})
-    assert replayed.count("short") == 2 + 4 * graphed.REPLAYS
-    assert replayed.count("long") == 2 + 4
+    assert replayed.count("short") == 4 + 4 * graphed.REPLAYS
+    assert replayed.count("long") == 4 + 4
     assert replayed[-1 - graphed.REPLAYS :] == ["short"] * graphed.REPLAYS + ["long"]
 
 
@@ -267,6 +267,8 @@ def test_autocast_of_float32_is_refused(tmp_path, capsys):
     small = ["--device", "cpu", "--sizes", "tiny", "--tokens", "8", "--repeats", "3", "--out", str(tmp_path)]
     assert main(["layer", *small, "--autocast"]) == 2
     assert "--autocast of float32 changes nothing; give --dtype bfloat16 or float16" in capsys.readouterr().err
+    assert main(["fold", *small, "--dtype", "bfloat16", "--autocast"]) == 2
+    assert "--autocast is for the layer benchmark, and fold would leave it out" in capsys.readouterr().err
 
 
 def test_forward_and_backward_of_a_graph_are_those_of_a_step():

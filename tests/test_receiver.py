@@ -260,6 +260,10 @@ def test_a_trainer_that_does_not_know_what_one_before_has_changed_is_told_to_sta
     trainer.stage(3, trainer.chunks(), owner="other")
     with pytest.raises(PayloadError, match=rf"{NORM}: 1 weights are still .*start the engine again"):
         trainer.receiver.commit("other", 3, 1)
+    trainer.receiver.claim("other", 30.0, {name: weight.shape for name, weight in trainer.weights.items()}, {})
+    trainer.stage(3, trainer.chunks(), owner="other")
+    trainer.receiver.commit("other", 3, 1)
+    assert (trainer.logprobs() - expected(trainer.policy)).abs().max() < 1e-5, "put back where its place is known"
 
 
 def test_a_commit_that_cannot_be_undone_leaves_the_engine_refusing_to_generate(trainer, caplog):

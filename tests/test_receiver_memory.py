@@ -19,9 +19,10 @@ class LiveModel:
     poisoned = None
 
     def record(self, tensors):
-        pass
+        self.owners = tensors
 
-    check_places = record
+    def check_places(self, names):
+        pass
 
     def write(self, updates, read, generator):
         moved = []

@@ -100,7 +100,8 @@ def spectral_update(
     """`block_update` of `core_change` where S0 is kept and both dS and dR are trained, the paper's setting.
 
     D_i = V0_i (dR_i + diag(dS_i / S0_i) (dR_i + V0_i^T)).  A layer of few tokens spends much of its time on D, so its
-    gradients are written out: few and small steps, and nothing saved but dS / S0 and what is kept anyway.
+    gradients are written out: few and small steps, and nothing saved but dS / S0 and what is kept anyway (of a dR that
+    is stored in 16 bits, its float32 form).
     """
     if torch.compiler.is_compiling():  # it writes the gradients itself
         return spectral_update_forward(delta_r, delta_s, right, inverse)[0]
@@ -153,7 +154,7 @@ def large_core(weight: torch.Tensor, right: torch.Tensor, scale: torch.Tensor) -
 
 
 class _AddUpdate(torch.autograd.Function):
-    """onto + blockdiag(D) x in one strided batched product each way; saves x and the small D, nothing else.
+    """onto + blockdiag(D) x in one strided batched product each way; saves x and D's `as_factors`, nothing else.
 
     The plain composition needs a copy of the blocks into a batch and back, and in the backward one more pass over an
     activation to add the two gradients of x.
@@ -172,11 +173,12 @@ class _AddUpdate(torch.autograd.Function):
         x, factors = ctx.saved_tensors
         grad = grad.contiguous()
         grad_x = grad_update = None
-        if ctx.needs_input_grad[0]:
-            grad_x = move(grad, factors) if ctx.onto_is_x else _product(grad, factors)
-        if ctx.needs_input_grad[1]:
-            n, b, _ = factors.shape
-            grad_update = token_products(as_blocks(grad, n, b), as_blocks(x, n, b)).to(ctx.update_dtype)
+        with without_autocast(grad.device.type):
+            if ctx.needs_input_grad[0]:
+                grad_x = move(grad, factors) if ctx.onto_is_x else _product(grad, factors)
+            if ctx.needs_input_grad[1]:
+                n, b, _ = factors.shape
+                grad_update = token_products(as_blocks(grad, n, b), as_blocks(x, n, b)).to(ctx.update_dtype)
         return grad_x, grad_update, None if ctx.onto_is_x else grad
 
 
@@ -226,7 +228,7 @@ def as_factors(update: torch.Tensor, x: torch.Tensor, in_place: bool = False) ->
     factors = update if update.dtype == x.dtype else update.to(x.dtype)
     if not adds_identity(x):
         return factors
-    identity = torch.eye(factors.shape[-1], dtype=x.dtype)
+    identity = torch.eye(factors.shape[-1], dtype=x.dtype, device=x.device)
     return factors.add_(identity) if in_place or factors is not update else factors + identity
 
 

@@ -62,7 +62,7 @@ class FuraCore(nn.Module):
         delta_r, delta_s, right = self.delta_r, self.delta_s, self.basis_v
         if delta_r is None or delta_s is None:
             return None
-        if not delta_r.dtype == delta_s.dtype == right.dtype:
+        if not delta_r.dtype == delta_s.dtype == right.dtype or right.dtype.itemsize < 4:
             delta_r, delta_s = self._wide(delta_r), self._wide(delta_s)
         return delta_r, delta_s, right, self.inverse_values()
 

@@ -293,7 +293,7 @@ class FuraLinear(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         held, owner = self.fura_core, self.core_form
         cores = [] if self.disable_adapters else [held[name] for name in self.active_adapters if name in held]
-        if owner is not None and (cores or owner.large_core is None):
+        if owner is not None and (cores or owner.large_core is None):  # `owns_large_core`, whose look-ups are dear here
             return self._core_forward(x, owner, adapted=bool(cores))
         if not cores:
             return self.base_layer(x, *args, **kwargs)
@@ -310,13 +310,13 @@ class FuraLinear(nn.Module, BaseTunerLayer):
             sum_updates([core for core in cores if core.axis == axis]) for axis in ("in", "out")
         )
         if dense and len(column_updates) == 1 and not row_updates:
-            return moved_linear(x, column_updates[0], self.base_layer)
+            return moved_linear(x, column_updates[0], base_layer)
         moved = None
         for update in column_updates:
             moved = blocks.add_update(x, update, onto=moved)
-        y = self.base_layer(x if moved is None else moved, *args, **kwargs)
+        y = base_layer(x if moved is None else moved, *args, **kwargs)
         if row_updates:
-            plain = y if moved is None else self.base_layer(x, *args, **kwargs)
+            plain = y if moved is None else base_layer(x, *args, **kwargs)
             bias = self.get_base_layer().bias
             product = plain if bias is None else plain - bias.to(plain.dtype)  # W x
             for update in row_updates:

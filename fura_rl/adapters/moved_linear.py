@@ -78,7 +78,8 @@ class _MovedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        grad_x, grad_update = backward(grad, *ctx.saved_tensors, *ctx.needs_input_grad[:2])
+        with without_autocast(grad.device.type):
+            grad_x, grad_update = backward(grad, *ctx.saved_tensors, *ctx.needs_input_grad[:2])
         return grad_x, None if grad_update is None else grad_update.to(ctx.update_dtype), None, None
 
 

@@ -14,7 +14,7 @@ from fura_rl.sync.fingerprint import Sample
 
 
 class LazyFactors(Mapping[str, Factors]):
-    """Checkpoint tensor -> its factors, made when asked for, so that at most one layer's are alive."""
+    """Checkpoint tensor -> its factors, made when asked for, so that not all of a model's are alive."""
 
     def __init__(self, makers: Mapping[str, Callable[[], Factors]]) -> None:
         self._makers = makers

@@ -335,7 +335,8 @@ class RemoteEngine:
 
         def answer() -> Any:
             found = ask()
-            if not self.serves_last():  # what was started again meanwhile answers, too, with other weights or nothing
+            # what was started again meanwhile answers, too, with other weights or nothing
+            if self._last.version and not self.serves_last():
                 raise EngineLostError(f"{self.transport.address} does not serve version {self._last.version} any more")
             return found
 

@@ -15,8 +15,8 @@ from fura_rl.sync.factors import Factors, Span, cut_to_rows, fold_slice, stacked
 from fura_rl.sync.fold import BaseSlices, CheckpointWeight
 from fura_rl.sync.rounding import round_weight
 
-# Of samples that wait for more of their shape, so many bytes at most: elsewhere a part of one layer, on a CPU what its
-# cache holds (four times as much costs more than the operations that it saves).
+# Of samples that wait for more of their shape, so many bytes at most: on a CPU what its cache holds (four times as much
+# costs more than the operations that it saves), elsewhere such that what is made of them is about a layer of a 1.7B.
 WAITING_BYTES = 16 * 2**20
 CPU_WAITING_BYTES = 2 * 2**20
 
@@ -104,7 +104,8 @@ class UpdateWatch:
 
     @torch.no_grad()
     def note(self, weight: CheckpointWeight, factors: Factors, rounding_seed: int | None) -> None:
-        """Keep a sample of the rows of one weight, to be folded as the engine will, and exactly."""
+        """Keep a sample of the rows of one weight, to be folded exactly and rounded to the engine's dtype; that an
+        engine of 16 bits rounds the factors as well is left out."""
         if self.saw(weight):
             return
         self._seen.add(weight.name)

@@ -66,7 +66,7 @@ class Region:
 
     def view(self, parameter: torch.Tensor) -> torch.Tensor:
         """The region of `parameter`, the checkpoint tensor's rows first: (rows, columns), or (rows,) of a vector."""
-        if lies_column_by_column(parameter):
+        if lies_column_by_column(parameter) and self.stride[-1] == 1:  # written so by us, but planned row by row
             first_row, first_column = divmod(self.offset, parameter.shape[1])
             rows, columns = self.shape
             return parameter.data[first_row : first_row + rows, first_column : first_column + columns]
@@ -176,10 +176,10 @@ class LiveModel:
                     fill(region, getattr(module, region.parameter), updates[region.name], read, generator)
             return
         matrix = next((region.name for region in regions if region.parameter == "weight"), regions[0].name)
-        known = {matrix: updates.get(matrix)}
+        known = {matrix: asked(updates, matrix)}
         with rebuilt(module, by_columns=packs_faster_by_columns(module, regions, known[matrix])):
             for region in regions:
-                factors = known.pop(region.name) if region.name in known else updates.get(region.name)
+                factors = known.pop(region.name) if region.name in known else asked(updates, region.name)
                 fill(region, getattr(module, region.parameter), factors, read, generator if factors else lambda _: None)
 
     def _repack_tied_head(self, written: Iterable[str]) -> None:
@@ -475,6 +475,13 @@ def keeps_a_packed_copy(module: nn.Module) -> bool:
     """Whether a CPU kernel of this module computes from a copy of a weight that is kept as well (an output head)."""
     weight = getattr(module, "weight", None)
     return hasattr(module, "cpu_linear") and weight is not None and weight.numel() > 0
+
+
+def asked(updates: Mapping[str, Factors], name: str) -> Factors | None:
+    """None where there are none; `get` would take a KeyError from the making of lazy factors for that."""
+    if name not in updates:
+        return None
+    return updates[name]
 
 
 def packs_faster_by_columns(module: nn.Module, regions: list[Region], factors: Factors | None) -> bool:
