@@ -47,8 +47,8 @@ class Rule:
 
     `widen(tensors, rows, columns)` are the rows and columns of W that it needs, which are the ones that `base` holds.
     `fold` writes in the dtype of `out`, and accumulates in float32 or wider.  Where `base`, `tensors` and `out` have a
-    dimension in front, it folds so many weights at once, in all columns.  `by_row` names the tensors with a row for every row of W;
-    None where a row of W' takes more than the same row of W.
+    dimension in front, it folds so many weights at once, in all columns.  `by_row` names the tensors with a row for
+    every row of W; None where a row of W' takes more than the same row of W.
     """
 
     names: tuple[str, ...]
