@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import PARITY_NATS, perturb_trained, start_llm
+from conftest import PARITY_NATS, perturb_trained, relative_error, start_llm
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -14,10 +14,11 @@ from fura_rl.sync import audit_schedule, probe, update_watch
 from fura_rl.sync.audit import KernelAudit
 from fura_rl.sync.audit_schedule import AuditSchedule
 from fura_rl.sync.base_weights import BaseWeights
+from fura_rl.sync.factors import Factors
 from fura_rl.sync.remote_engine import Follower
 from fura_rl.sync.update_watch import UpdateCosine
 from fura_rl.sync.vllm_engine import InProcessEngine, find_model_runner
-from fura_rl.sync.weight_sync import WeightSync
+from fura_rl.sync.weight_sync import WeightSync, relative_to_start
 
 PROBE = list(range(5, 45))
 PROMPT = "<|user|>What is 27 + 15?<|end|><|assistant|>27+15=42 \\boxed{42}"
@@ -175,6 +176,14 @@ def test_weights_that_are_looked_at_one_by_one_look_as_they_do_together(engines,
     together, one_by_one = found
     assert one_by_one.update_cosine == pytest.approx(together.update_cosine, abs=1e-6)
     assert one_by_one.audit_gain_min == pytest.approx(together.audit_gain_min, abs=1e-6)
+
+
+def test_the_small_update_of_a_shifted_base_survives_the_16_bits_that_it_is_sent_in():
+    start = Factors("low_rank", {"up": torch.randn(64, 4), "down": torch.randn(4, 48)})
+    now = Factors("low_rank", {part: t + 1e-4 * torch.randn_like(t) for part, t in start.tensors.items()})
+    exact = now.tensors["up"] @ now.tensors["down"] - start.tensors["up"] @ start.tensors["down"]
+    sent = {part: tensor.bfloat16().float() for part, tensor in relative_to_start(now, start).tensors.items()}
+    assert relative_error(sent["up"] @ sent["down"], exact) < 1e-2
 
 
 def test_update_cosine_is_the_cosine():
