@@ -54,7 +54,8 @@ def release(device: torch.device) -> None:
 
 
 def autocast(settings: Settings) -> AbstractContextManager[Any]:
-    """Around a forward, as `bf16: true` puts it: trained tensors stay float32, their products are in `dtype`."""
+    """Around a forward, as `bf16: true` puts it: what is trained stays as it is stored (float32 but for the
+    paper-style layer), its products are in `dtype`."""
     return torch.autocast(settings.device.type, settings.dtype) if settings.autocast else nullcontext()
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.func import functional_call
 
 from fura_rl.sync.audit import ROUNDINGS_PER_UPDATE, VECTORS, probe_vectors, sample_spans, tokens_of_experts
-from fura_rl.sync.factors import Span
+from fura_rl.sync.factors import Span, row_index
 from fura_rl.sync.fold import CheckpointWeight, pristine_weight
 from fura_rl.sync.sharding import is_piece
 
@@ -69,7 +69,7 @@ class ExpertLayer:
         tokens, routes = tokens_of_experts(vectors, range(self.expert_count))
         weights = torch.ones(len(tokens), 1, device=device)
         output = functional_call(self.module, tensors, (tokens, routes, weights))
-        picked = torch.cat([torch.arange(*span, device=device) for span in self.spans])
+        picked = row_index(tuple(self.spans), device)
         return output[:, picked].reshape(self.expert_count, VECTORS, -1)
 
 

@@ -164,9 +164,10 @@ def _add_block_product(base: torch.Tensor, update: torch.Tensor, out: torch.Tens
         _write_row_block_product(base.mT, as_factors(update, base).mT, out.mT)
         return
     whole = out if wide == columns and out.stride(-1) == 1 and out.dtype == base.dtype else torch.empty_like(base)
-    if base.ndim > 2 or (base.device.type == "cpu" and base.dtype.itemsize > 2):
+    on_cpu = base.device.type == "cpu"
+    if base.ndim > 2 or (on_cpu and base.dtype.itemsize > 2):
         # one batched product per piece: `baddbmm` into a strided tensor is a product per block, and a wait for each
-        piece = max(1, CPU_PIECE_BYTES // (base.shape[-1] * base.itemsize))
+        piece = max(1, CPU_PIECE_BYTES // (base.shape[-1] * base.itemsize)) if on_cpu else base.shape[-2]
         for part, target in zip(base.split(piece, dim=-2), whole.split(piece, dim=-2), strict=True):
             columns_of_part = part.unflatten(-1, (n, b))
             product = torch.matmul(columns_of_part.transpose(-3, -2), update).transpose(-3, -2)

@@ -23,7 +23,7 @@ from torch import nn
 
 from fura_rl.sync import audit
 from fura_rl.sync.audit import KernelReply
-from fura_rl.sync.factors import Factors, Read, Span, fold_slice
+from fura_rl.sync.factors import Factors, Read, Span, fold_slice, row_index
 
 VLLM_VERSIONS_READ = "0.31"
 
@@ -226,8 +226,8 @@ class LiveModel:
         replies = {}
         for position, (expert, (name, wanted)) in enumerate(zip(experts, spans.items(), strict=True)):
             here = module.expert_map is None or int(module.expert_map[expert]) >= 0
-            features = torch.cat([torch.arange(*span) for span in wanted])
-            reply = output[position * len(vectors) : (position + 1) * len(vectors), features.to(self.device)].float()
+            features = row_index(tuple(map(tuple, wanted)), self.device)
+            reply = output[position * len(vectors) : (position + 1) * len(vectors), features].float()
             covered = torch.full(reply.shape, here / parallel.tp_size)
             replies[name] = KernelReply(reply.cpu(), covered, coarse_eps(module))
         return replies
@@ -278,7 +278,7 @@ def features_in(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which of the output features `spans` are among `rows` (a mask), and where those lie in a kernel's output, in
     which `rows` begin at `first`."""
-    features = torch.cat([torch.arange(*span) for span in spans])
+    features = row_index(spans, torch.device("cpu"))
     here = (features >= rows[0]) & (features < rows[1])
     return here, (features[here] - rows[0] + first).to(device)
 
