@@ -129,8 +129,9 @@ class Launched:
 
 
 def timeless(entry: dict[str, Any]) -> dict[str, Any]:
-    """A log entry without wall times and without how often the engine was probed: each start probes it once."""
-    skipped = ("seconds", "time", "_per_second", "probe_max_gap")
+    """A log entry without wall times and without what proves the engine: each start probes it once more, and audits the
+    whole update since the base where a run that goes on audits that since the last sync."""
+    skipped = ("seconds", "time", "_per_second", "probe_max_gap", "audit_gain_min")
     return {key: value for key, value in entry.items() if not any(word in key for word in skipped)}
 
 
