@@ -29,6 +29,7 @@ from fura_rl.sync.factors import Span
 VECTORS = 8  # vectors through every kernel; entries are +1, -1 and 0, which every dtype holds exactly
 SAMPLED_SPANS, SPAN_ROWS = 16, 8  # output features looked at: this many stretches of so many, spread over all
 FEWEST_SPANS = 4  # of one process
+FLOAT32_SPAN_ROWS = 2  # in 32 bits there is no rounding to be averaged out
 STALE_BELOW = 0.5
 LOST_ABOVE = 2.0  # a kernel that moves by more than twice its update holds something else altogether
 # An update smaller than this, relative to the weight, is left to add up until it stands out of the reply's rounding:
@@ -247,17 +248,17 @@ def stale_modules(gains: dict[str, float], syncs: int = 1) -> list[str]:
     return [name for name, gain in gains.items() if not fresh_from <= gain <= LOST_ABOVE]
 
 
-def sample_spans(rows: Span, processes: int = 1) -> list[Span]:
-    """Stretches of output features spread over `rows`; every one where there are few.
+def sample_spans(rows: Span, processes: int = 1, span_rows: int = SPAN_ROWS) -> list[Span]:
+    """Stretches of so many output features spread over `rows`; every one where there are few.
 
     Where each of so many `processes` looks at rows of its own, fewer of them each, but enough to judge by.
     """
     first, count = rows[0], rows[1] - rows[0]
     spans = max(FEWEST_SPANS, SAMPLED_SPANS // processes)
-    if count <= spans * SPAN_ROWS:
+    if count <= spans * span_rows:
         return [rows] if count else []
-    starts = [first + i * (count - SPAN_ROWS) // (spans - 1) for i in range(spans)]
-    return [(start, start + SPAN_ROWS) for start in starts]
+    starts = [first + i * (count - span_rows) // (spans - 1) for i in range(spans)]
+    return [(start, start + span_rows) for start in starts]
 
 
 def on_host(tensors: Mapping[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:

@@ -10,7 +10,7 @@ Notation: W (out, in) the pristine base weight, W' the adapted one.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,6 +105,13 @@ def cut_to_rows(read: Read | None, factors: Factors, spans: tuple[Span, ...], co
     return Factors("dense", {"weight": folded})
 
 
+def in_pieces(base: torch.Tensor, out: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Both of them some rows at a time, on a CPU as many as CPU_PIECE_BYTES of `base` have."""
+    on_cpu = base.device.type == "cpu"
+    rows = max(1, CPU_PIECE_BYTES // (base.shape[-1] * base.itemsize)) if on_cpu else base.shape[-2]
+    return zip(base.split(rows, dim=-2), out.split(rows, dim=-2), strict=True)
+
+
 def stacked(several: Sequence[Factors]) -> Factors:
     """Factors of one rule and of equal shapes, to be folded at once."""
     names = several[0].tensors
@@ -164,11 +171,9 @@ def _add_block_product(base: torch.Tensor, update: torch.Tensor, out: torch.Tens
         _write_row_block_product(base.mT, as_factors(update, base).mT, out.mT)
         return
     whole = out if wide == columns and out.stride(-1) == 1 and out.dtype == base.dtype else torch.empty_like(base)
-    on_cpu = base.device.type == "cpu"
-    if base.ndim > 2 or (on_cpu and base.dtype.itemsize > 2):
+    if base.ndim > 2 or (base.device.type == "cpu" and base.dtype.itemsize > 2):
         # one batched product per piece: `baddbmm` into a strided tensor is a product per block, and a wait for each
-        piece = max(1, CPU_PIECE_BYTES // (base.shape[-1] * base.itemsize)) if on_cpu else base.shape[-2]
-        for part, target in zip(base.split(piece, dim=-2), whole.split(piece, dim=-2), strict=True):
+        for part, target in in_pieces(base, whole):
             columns_of_part = part.unflatten(-1, (n, b))
             product = torch.matmul(columns_of_part.transpose(-3, -2), update).transpose(-3, -2)
             torch.add(columns_of_part, product, out=target.unflatten(-1, (n, b)))
@@ -181,15 +186,11 @@ def _add_block_product(base: torch.Tensor, update: torch.Tensor, out: torch.Tens
 
 
 def _write_row_block_product(base: torch.Tensor, matrices: torch.Tensor, out: torch.Tensor) -> None:
-    """out_i = matrices_i base_i for row blocks i of `base` and `out`."""
+    """out_i = matrices_i base_i for row blocks i of `base` and `out`, both read and written some columns at a time."""
     n, b, _ = matrices.shape
-    blocks, target = base.unflatten(0, (n, b)), out.unflatten(0, (n, b))
-    if target.is_contiguous():
-        torch.bmm(matrices, blocks, out=target)
-        return
-    piece = max(1, CPU_PIECE_BYTES // (b * out.shape[1] * out.itemsize))
-    for part, some, there in zip(matrices.split(piece), blocks.split(piece), target.split(piece), strict=True):
-        there.copy_(torch.bmm(part, some))
+    for part, target in in_pieces(base.mT, out.mT):
+        # a product written straight into `out` goes block by block there
+        target.mT.unflatten(0, (n, b)).copy_(torch.bmm(matrices, part.mT.unflatten(0, (n, b))))
 
 
 def _fold_low_rank(

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
-from fura_rl.sync.audit import ROUNDINGS_PER_DRAW, ROUNDINGS_PER_UPDATE, KernelAudit, sample_spans
+from fura_rl.sync.audit import (
+    FLOAT32_SPAN_ROWS,
+    ROUNDINGS_PER_DRAW,
+    ROUNDINGS_PER_UPDATE,
+    SPAN_ROWS,
+    KernelAudit,
+    sample_spans,
+)
 from fura_rl.sync.engine import rounding_generator
 from fura_rl.sync.factors import Factors, Span, cut_to_rows, fold_slice, stacked
 from fura_rl.sync.fold import BaseSlices, CheckpointWeight
@@ -96,6 +103,7 @@ class UpdateWatch:
         self._audit, self._dtype, self._read = audit, dtype, read
         self._processes, self._looks = processes, looks
         self._rounds = dtype.itemsize < 4
+        self._span_rows = SPAN_ROWS if self._rounds else FLOAT32_SPAN_ROWS
         self._seen: set[str] = set()
         self._waiting: dict[Hashable, list[RowSample]] = {}
 
@@ -112,7 +120,7 @@ class UpdateWatch:
         nobody_asks = self._audit is None and not self._rounds
         if nobody_asks or not self._looks or len(weight.shape) != 2 or not weight.trained:
             return
-        spans = sample_spans(whole_blocks(weight.local_rows, factors), self._processes)
+        spans = sample_spans(whole_blocks(weight.local_rows, factors), self._processes, self._span_rows)
         if not spans:
             return
         with self._timed():
