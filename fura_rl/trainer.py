@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 import trl.generation.vllm_generation as trl_vllm
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftConfig
 from safetensors import SafetensorError
 from torch import nn
@@ -215,10 +215,14 @@ class FuraGRPOTrainer(GRPOTrainer):
         self.phase_seconds["sync"] += time.perf_counter() - started
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's batch, after a look at what TRL passes over: rollout log-probs that are not finite, and how many
-        importance-sampling ratios were masked or clipped."""
+        """TRL's batch, after a look at what TRL passes over: rollouts of another version than the policy's, log-probs
+        that are not finite, and how many importance-sampling ratios were masked or clipped."""
         batch = super()._generate_and_score_completions(inputs)
         mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+        if self.use_vllm:
+            with failing_together():
+                version = self.weight_sync.version_served()
+            self._logs["extra"]["policy_version"].extend(gather_object([version] * len(inputs)))
         with failing_together():
             if "sampling_per_token_logps" in batch:
                 refuse_non_finite_rollouts(batch["sampling_per_token_logps"], mask)

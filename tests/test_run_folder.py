@@ -267,6 +267,7 @@ def test_a_resumed_run_leaves_one_whole_folder(tmp_path):
     assert [path.stem for path in tables] == [f"completions_{step:05d}" for step in (1, 2, 3, 4)]
     table = pandas.read_parquet(tables[-1])
     assert len(table) == 16
+    assert [set(pandas.read_parquet(path)["policy_version"]) for path in tables] == [{1}, {2}, {3}, {4}]
     assert {"step", "prompt", "completion", "math_reward", "advantage", "verdict"} <= set(table.columns)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     names = {path.name for path in files if path.parent == tmp_path}

@@ -77,6 +77,17 @@ def test_engine_and_trainer_agree_after_many_syncs(engines, checkpoint, adapter)
     assert moved > 200 * PARITY_NATS, "it must move; HiRA's products move least"
 
 
+def test_rollouts_from_an_engine_that_another_sync_has_written_to_are_refused(engines):
+    engine, folder = engines("tied")
+    _, sync = make_sync(engine, folder, "fura")
+    assert sync.version_served() == sync.version == 1
+    _, other = make_sync(engine, folder, "lora")
+    other.sync()
+    assert other.version_served() == 2
+    with pytest.raises(probe.StaleEngineError, match=r"sampled from version 2 of the policy.*to version 1"):
+        sync.version_served()
+
+
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
 

@@ -69,6 +69,10 @@ class RolloutEngine(Protocol):
     def reads_the_trainers_base(self) -> bool:
         """Whether it folds from the trainer's base weights; otherwise it reads its own checkpoint."""
 
+    @property
+    def version(self) -> int:
+        """Of the policy that it was last brought to; 0 before the first."""
+
     def prepare(self, tensors: Mapping[str, tuple[int, ...]], base_samples: Mapping[str, Sample]) -> None:
         """Learn where the policy's tensors (name -> shape) go; `base_samples` must fit the engine's own base."""
 

@@ -206,6 +206,10 @@ class RemoteEngine:
     def dtype(self) -> torch.dtype:
         return self.transport.dtype
 
+    @property
+    def version(self) -> int:
+        return self._last.version
+
     def prepare(self, tensors: Mapping[str, tuple[int, ...]], base_samples: Mapping[str, Sample]) -> None:
         """Claim the engine for this trainer and check its base.
 
@@ -423,6 +427,10 @@ class Replicas:
     def dtype(self) -> torch.dtype:
         return self.engines[0].dtype
 
+    @property
+    def version(self) -> int:
+        return min(engine.version for engine in self.engines)
+
     def prepare(self, tensors: Mapping[str, tuple[int, ...]], base_samples: Mapping[str, Sample]) -> None:
         for engine in self.engines:
             engine.prepare(tensors, base_samples)
@@ -477,6 +485,7 @@ class Follower:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        self.version = 0
 
     def prepare(self, tensors: Mapping[str, tuple[int, ...]], base_samples: Mapping[str, Sample]) -> None:
         pass
@@ -484,6 +493,7 @@ class Follower:
     def push(self, update: Update) -> Push:
         for name in update.factors:
             update.factors[name]
+        self.version = update.version
         return Push(0, {})
 
     def resend(self) -> None:

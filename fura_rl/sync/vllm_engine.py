@@ -49,6 +49,7 @@ class InProcessEngine:
         from vllm.config import set_current_vllm_config
 
         self.llm = llm
+        self.version = 0
         runner = find_model_runner(llm)
         self.model = LiveModel(
             runner.get_model(), runner.device, self.dtype, lambda: set_current_vllm_config(runner.vllm_config)
@@ -80,6 +81,7 @@ class InProcessEngine:
 
         self.model.write(update.factors, update.read, generator)
         self.llm.reset_prefix_cache()
+        self.version = update.version
         written = sum(
             region.element_count * self.dtype.itemsize
             for module in {module for name in update.factors for module in self.model.owners[name]}

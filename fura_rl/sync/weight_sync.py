@@ -146,6 +146,19 @@ class WeightSync:
         """The policy was replaced, by that of a checkpoint: probe and audit the next sync, whatever is due."""
         self._unproved = True
 
+    def version_served(self) -> int:
+        """The version that rollouts come from.
+
+        Raises:
+            StaleEngineError: where it is not that of the last sync.
+        """
+        if self.engine.version != self.version:
+            raise probe.StaleEngineError(
+                f"rollouts were sampled from version {self.engine.version} of the policy, and the last sync brought "
+                f"the engine to version {self.version}: something else wrote to it. Resume from the last checkpoint"
+            )
+        return self.version
+
     def _current_weights(self) -> dict[str, CheckpointWeight]:
         """By name; looked up anew at every sync, since sharding a model replaces its parameters."""
         return {weight.name: weight for weight in checkpoint_weights(self.model)}
