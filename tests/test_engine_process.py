@@ -108,6 +108,19 @@ def test_the_other_methods_arrive_too(engine_process, adapter):
     engine.close()
 
 
+def test_a_tied_head_in_the_shards_of_two_workers_follows(tmp_path):
+    folder = make_tiny_checkpoint(tmp_path / "tied", tied=True)
+    with running(folder, workers=2) as transport:
+        for case in ("fura", "full"):
+            policy, engine, sync = trainer_on((transport, folder), case, probe_every=1)
+            for step in range(2):
+                perturb_trained(policy, 0.1, seed=step)
+                report = sync.sync()
+                assert report.probe_max_gap < PARITY_NATS
+            assert report.audit_gain_min == pytest.approx(1.0, abs=0.01)
+            engine.close()
+
+
 def test_every_method_of_the_table_is_among_them():
     quantized = {name for name, method in METHODS.items() if method.load_in_4bit or name == "qfura"}
     assert METHODS.keys() - quantized <= {adapter for adapter, _, _ in CASES.values()} | {*MORE_METHODS, "pissa"}
@@ -180,11 +193,12 @@ def check_a_mixture_of_experts_follows(transport, folder, config):
         assert report.audit_gain_min == pytest.approx(1.0, abs=0.02)
 
 
-def test_a_mixture_of_experts_in_another_process_follows_one_trainer_after_another(tmp_path):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_mixture_of_experts_in_another_process_follows_one_trainer_after_another(workers, tmp_path):
     """The last of them would leave the experts of the one before, which the checkpoint does not hold stacked."""
     folder = make_moe_checkpoint(tmp_path / "moe")
     attention = peft_config_for("fura", ModelConfig(), ATTENTION, None)
-    with running(folder) as transport:
+    with running(folder, workers=workers) as transport:
         for config in (attention, EXPERTS):
             check_a_mixture_of_experts_follows(transport, folder, config)
         refused = pytest.raises(
