@@ -117,6 +117,17 @@ def test_a_port_that_was_just_given_back_may_be_used(taken):
         check("127.0.0.1", 70000)
 
 
+def test_a_server_is_open_to_other_machines_only_with_a_token(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.delenv("FURA_ROLLOUT_TOKEN", raising=False)
+    with pytest.raises(ValueError, match=r"host='0\.0\.0\.0' lets other machines in.*FURA_ROLLOUT_TOKEN"):
+        check("0.0.0.0", port)
+    monkeypatch.setenv("FURA_ROLLOUT_TOKEN", "right")
+    check("0.0.0.0", port)
+
+
 async def behind_the_guard(scope, receive, send):
     await send({"type": "http.response.start", "status": 200, "headers": []})
     page = scope["path"].startswith("/page")

@@ -26,12 +26,14 @@ class TwoLayers(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
+@pytest.mark.parametrize("axis", ["in", "out"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_output_at_the_start_is_bit_for_bit_the_base_models(dtype):
+def test_output_at_the_start_is_bit_for_bit_the_base_models(dtype, axis):
     base = TwoLayers(dtype=dtype)
     x = torch.randn(7, 24, dtype=dtype)
     expected = base(x)
-    assert torch.equal(get_peft_model(base, FuraConfig(target_modules=["first", "second"]))(x), expected)
+    config = FuraConfig(target_modules=["first", "second"], block_axis=axis)
+    assert torch.equal(get_peft_model(base, config)(x), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

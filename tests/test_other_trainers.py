@@ -73,6 +73,8 @@ def test_the_language_tower_of_a_vision_language_model():
     model = get_peft_model(model, FuraConfig(target_modules=targets, block_axis_pattern={"(q|k|v)_proj": "out"}))
     assert len(fura_layers(model)) == 2 * 7
     assert not any("vision" in layer.layer_name for layer in fura_layers(model))
+    axes = {layer.layer_name.rpartition(".")[2]: layer.fura_core["default"].axis for layer in fura_layers(model)}
+    assert {name for name, axis in axes.items() if axis == "out"} == {"q_proj", "k_proj", "v_proj"}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     ids = torch.cat([torch.full((4, 4), 63), torch.randint(3, 60, (4, 12))], dim=1)
     labels = ids.masked_fill(ids == 63, -100)
