@@ -17,6 +17,7 @@ from fura_rl.benchmark import BENCHMARKS, SHARES, graphed, grpo_step, layer, mea
 from fura_rl.benchmark.budget import Budget
 from fura_rl.benchmark.contenders import make_contenders
 from fura_rl.benchmark.convert import decoder_layer
+from fura_rl.benchmark.layer import check_gradients, moved_contenders
 from fura_rl.benchmark.models import projection_shapes, random_model
 
 CPU = torch.device("cpu")
@@ -84,6 +85,17 @@ def test_a_decoder_layer_is_the_sum_over_its_seven_projections():
     assert theirs["fura_speedup"] == 5.0
     assert ours["peak_mb"] == 128.0
     assert decoder_layer("tiny", rows[2:]) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_of_wrong_gradients_is_not_timed(dtype):
+    settings = small_settings(dtype=dtype)
+    contender = moved_contenders(settings, (64, 64))["lora"]
+    x = torch.randn(8, 64, dtype=dtype)
+    check_gradients("lora", contender, x, settings)
+    contender.lora_B["default"].weight.register_hook(lambda grad: 1.1 * grad)  # a deep copy has no hook
+    with pytest.raises(RuntimeError, match="lora, gradient 2: relative error"):
+        check_gradients("lora", contender, x, settings)
 
 
 @pytest.mark.slow

@@ -6,7 +6,9 @@ kernels, and a training run may have both behind it (`torch.compile`, graphs).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ def run(settings: Settings) -> list[dict[str, Any]]:
 
 def moved_contenders(settings: Settings, shape: tuple[int, int]) -> dict[str, nn.Module]:
     """The contenders, each checked at its start and then moved as training would: FuRA skips its product at the start.
+    Their gradients are checked once they have moved.
 
     A peer that fails here (a missing kernel) is named and left out; FuRA's failure is raised.
     """
@@ -41,16 +44,27 @@ def moved_contenders(settings: Settings, shape: tuple[int, int]) -> dict[str, nn
     for name, layer in list(contenders.items()):
         try:
             measure.check(f"{name} at the start", forward_of(layer, x, settings)().detach(), expected, settings.dtype)
+            measure.move(layer)
+            check_gradients(name, layer, x, settings)
         except (RuntimeError, NotImplementedError) as error:
             if name in ("fura", "frozen"):
                 raise
             print(f"layer: {name} left out: {error}", flush=True)
             del contenders[name]
-            continue
-        measure.move(layer)
     expected = nn.functional.linear(x.float(), contenders["fura"].folded_weight(["default"]))
     measure.check("fura after a step", forward_of(contenders["fura"], x, settings)().detach(), expected, settings.dtype)
     return contenders
+
+
+def check_gradients(name: str, layer: nn.Module, x: torch.Tensor, settings: Settings) -> None:
+    """Against those of a copy of the layer in float32; raises as `measure.check`."""
+    exact, plain = copy.deepcopy(layer).float(), replace(settings, dtype=torch.float32, autocast=False)
+    leaves = x.detach().requires_grad_(), x.detach().float().requires_grad_()
+    grad = torch.randn_like(forward_of(layer, x, settings)().detach())
+    found = gradients_of(layer, leaves[0], grad, settings)()
+    expected = gradients_of(exact, leaves[1], grad.float(), plain)()
+    for i, pair in enumerate(zip(found, expected, strict=True)):
+        measure.check(f"{name}, gradient {i}", *pair, settings.dtype)
 
 
 def compare(
