@@ -1,14 +1,17 @@
 """FuRA in the circumstances PEFT users bring: dtypes, autocast, compile, checkpointing, overrides, combinations."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import TOLERANCE, relative_error
+from accelerate import cpu_offload
+from conftest import TOLERANCE, perturb_trained, relative_error
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import save_as_lora
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from fura_rl import FuraConfig
 from fura_rl.adapters import blocks, frames, fura_layer
@@ -156,6 +159,49 @@ def test_low_cpu_mem_usage_loads_without_converting_again(tmp_path, monkeypatch)
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, low_cpu_mem_usage=True)
     x = torch.randn(3, 24)
     assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+@pytest.mark.parametrize("settings", [{}, LARGE_CORES[1], {"core_dtype": "float32"}], ids=str)
+def test_low_cpu_mem_usage_loads_the_bits_that_are_loaded_without_it(settings, autocast_adapter_dtype, tmp_path):
+    base = mlp(torch.bfloat16)
+    model = adapted(base, **settings)
+    perturb_trained(model, 0.3, seed=0)
+    model.save_pretrained(tmp_path)
+    tensors = []
+    for low_cpu_mem_usage in (False, True):
+        options = {"low_cpu_mem_usage": low_cpu_mem_usage, "autocast_adapter_dtype": autocast_adapter_dtype}
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, **options)
+        tensors.append([t for layer in fura_layers(loaded) for t in layer.fura_core["default"].state_dict().values()])
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(*tensors, strict=True))
+
+
+@pytest.mark.parametrize("settings", [*FORMS, *LARGE_CORES, {"save_basis": False}], ids=str)
+def test_a_state_of_16_bits_that_is_assigned_is_that_of_16_bits_that_is_copied(settings):
+    base, x = mlp(), torch.randn(9, 24)
+    model = adapted(base, **settings)
+    state = {name: t.bfloat16() if "fura_core" in name else t for name, t in model.state_dict().items()}
+    other = adapted(base, **settings)
+    other.load_state_dict(state, assign=True)
+    output = other(x)
+    output.square().sum().backward()
+    assert relative_error(output, model(x)) < TOLERANCE[torch.bfloat16]
+    assert all(p.grad.isfinite().all() for p in other.parameters() if p.requires_grad)
+    cores = [layer.fura_core["default"] for layer in fura_layers(other)]
+    assert {buffer.dtype for core in cores for buffer in core.buffers()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"singular_values": "train"}, {"basis": "qr", "singular_values": "merge_trained"}]
+)
+def test_a_whole_models_state_brings_its_own_large_core(settings):
+    model, other = (
+        adapted(nn.Sequential(nn.Linear(24, 16)), target_modules=["0"], form="core", **settings) for _ in "ab"
+    )
+    x = torch.randn(9, 24)
+    assert relative_error(other(x), model(x)) > 0.1
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x), model(x))
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4"])

@@ -122,7 +122,9 @@ class FuraLinear(nn.Module, BaseTunerLayer):
         if config.basis == "random":
             warn_of_lost_weight(oriented, blocks.fold(large, frame.right.mT).to(home), self.layer_name)
         self.dropped_directions = frame.dropped
-        return frame.to(home), None if large is None else large.to(home, dtype)
+        if large is not None:
+            large = large.to(home, dtype if config.train_core == "small" else None)  # one that trains stays wide
+        return frame.to(home), large
 
     def _store_large_core(self, core: FuraCore, large: torch.Tensor, axis: str, config: FuraConfig) -> None:
         stored = (large if axis == "in" else large.mT).contiguous()
@@ -134,10 +136,20 @@ class FuraLinear(nn.Module, BaseTunerLayer):
             core.large_core = nn.Parameter(stored.to(torch.promote_types(stored.dtype, torch.float32)))
 
     def _cast_core(self, core: FuraCore, core_dtype: str | None, base_dtype: torch.dtype) -> None:
-        """The trained tensors in `core_dtype`, or PEFT's convention: the base dtype, which PEFT then makes float32."""
-        dtype = getattr(torch, core_dtype) if core_dtype else base_dtype
+        """The trained tensors in `core_dtype`, or PEFT's convention: the base dtype, which PEFT then makes float32.
+
+        A large core, which does not start at 0, would be rounded on the way: the tuner casts it where PEFT does not.
+        """
         for parameter in core.parameters():
-            parameter.data = parameter.data.to(dtype)
+            if core_dtype:
+                parameter.data = parameter.data.to(getattr(torch, core_dtype))
+            elif parameter is not core.large_core:
+                parameter.data = parameter.data.to(base_dtype)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """To the device only: PEFT's cast to the base dtype would round what it makes float32 again afterwards."""
+        if adapter_name in self.fura_core and all(p.device.type != "meta" for p in self.fura_core.parameters()):
+            self.fura_core[adapter_name].to(device or self.get_base_layer().weight.device)
 
     # ---- weights
 
@@ -352,6 +364,8 @@ class FuraLinear(nn.Module, BaseTunerLayer):
             saved = state_dict.get(f"{prefix}fura_core.{name}.basis_v")
             if not self.owns_large_core or saved is None or core.basis_v.device.type == "meta":
                 continue  # an empty layer takes the large core that was saved with the basis
+            if f"{prefix}base_layer.weight" in state_dict:
+                continue  # so does one that a whole model's state is loaded into, whatever its own base weight
             if torch.equal(saved.to(core.basis_v), core.basis_v):
                 continue
             saved = saved.to(core.basis_v)
