@@ -224,6 +224,30 @@ def test_a_core_form_whose_saved_basis_differs_takes_the_saved_one(tmp_path, qua
     assert relative_error(loaded(x), model(x)) < (TOLERANCE[torch.float32] if quantize is None else 0.1)
 
 
+@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize("settings", [*LARGE_CORES, {"form": "core", "quantize_core": "nf4"}], ids=str)
+def test_a_core_form_that_was_cast_leaves_linear_layers_of_the_models_dtype(settings, merged):
+    model = adapted(mlp(), **settings).to(torch.bfloat16)
+    x = torch.randn(9, 24, dtype=torch.bfloat16)
+    with model.disable_adapter() if not merged else nullcontext():
+        expected = model(x)
+    plain = model.merge_and_unload() if merged else model.unload()
+    assert {p.dtype for p in plain.parameters()} == {torch.bfloat16}
+    assert relative_error(plain(x), expected) < 2 * TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("axis", ["in", "out"])
+@pytest.mark.parametrize("train_core", ["large", "both"])
+def test_a_large_core_that_trains_does_not_start_rounded_to_the_base_models_16_bits(train_core, axis):
+    base = mlp(torch.bfloat16)
+    settings = {"form": "core", "train_core": train_core, "block_axis": axis, "init_weights": True}
+    for layer, plain in zip(fura_layers(adapted(base, **settings)), (base[0], base[2]), strict=True):
+        assert relative_error(layer.folded_weight(["default"]), plain.weight) < TOLERANCE[torch.float32]
+    config = FuraConfig(target_modules=["0"], **settings)
+    model = get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.bfloat16}
+
+
 def test_overrides_choose_blocks_per_module_and_keys_that_match_nothing_are_named():
     with pytest.warns(UserWarning, match=r"block_size_pattern has keys that match no adapted module: \['nope'\]"):
         model = adapted(mlp(), block_axis="out", block_size_pattern={"0": 8, "nope": 2}, block_axis_pattern={"2": "in"})
