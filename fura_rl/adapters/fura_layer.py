@@ -181,9 +181,7 @@ class FuraLinear(nn.Module, BaseTunerLayer):
         """
         if self.owns_large_core:
             return self._unfold(self.core_form, adapted=False).to(self._large_layer().compute_dtype)
-        if self._set_aside is None:
-            return self.get_base_weight()
-        return self._set_aside.dequantized if self.quantization_backend is not None else self._set_aside
+        return self.get_base_weight() if self._set_aside is None else self._set_aside.dequantized
 
     def _large_layer(self) -> LargeCore:
         return self.base_layer if self._set_aside is None else self._set_aside
@@ -245,8 +243,9 @@ class FuraLinear(nn.Module, BaseTunerLayer):
                 self._set_aside = QuantizedWeight(self)
             self.set_base_weight(folded)
         else:
-            self._set_aside = self.pristine_weight()
-            self.get_base_layer().weight.data = folded
+            if self._set_aside is None:
+                self._set_aside = DenseWeight(self)
+            self.get_base_layer().weight = nn.Parameter(folded, requires_grad=False)
 
     def unmerge(self) -> None:
         """Put the pristine weight back: the same storage, so the same bits."""
@@ -255,11 +254,8 @@ class FuraLinear(nn.Module, BaseTunerLayer):
             return
         if self.owns_large_core:
             self.base_layer = self._set_aside
-        elif self.quantization_backend is not None:
-            self._set_aside.restore(self.get_base_layer())
         else:
-            weight = self.get_base_layer().weight
-            weight.data = self._set_aside.to(device=weight.device, dtype=weight.dtype)
+            self._set_aside.restore(self.get_base_layer())
         self._set_aside = None
         self.merged_adapters.clear()
 
@@ -384,6 +380,27 @@ class FuraLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "fura." + super().__repr__()
+
+
+class DenseWeight:
+    """A base weight set aside while another is merged in: the parameter itself, which other layers may share."""
+
+    def __init__(self, layer: FuraLinear) -> None:
+        self.parameter = layer.get_base_layer()._parameters.get("weight")
+        if self.parameter is None:
+            raise TypeError(
+                f"the weight of {layer.layer_name} is computed from others, which a merge would not change; call "
+                "torch.nn.utils.parametrize.remove_parametrizations on it before it is adapted"
+            )
+
+    @property
+    def dequantized(self) -> torch.Tensor:
+        return self.parameter.data
+
+    def restore(self, base_layer: nn.Module) -> None:
+        merged = base_layer.weight  # moved and cast with the model
+        self.parameter.data = self.parameter.data.to(device=merged.device, dtype=merged.dtype)
+        base_layer.weight = self.parameter
 
 
 class QuantizedWeight:
