@@ -60,6 +60,16 @@ def test_autocast_starts_at_the_base_models_autocast_output_and_keeps_float32_gr
     assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("settings", FORMS, ids=str)
+def test_autocast_leaves_float64_alone_as_it_does_in_the_base_model(settings):
+    base = mlp(torch.float64)
+    model, x = adapted(base, **settings), torch.randn(9, 24, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert base(x).dtype == torch.float64
+        output = model(x)
+    assert torch.equal(output, model(x))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("settings", [{}, {"block_axis": "out"}, {"singular_values": "freeze"}], ids=str)
 @pytest.mark.parametrize("forward_under", [False, True])

@@ -305,9 +305,7 @@ class FuraLinear(nn.Module, BaseTunerLayer):
             return self._core_forward(x, owner, adapted=bool(cores))
         if not cores:
             return self.base_layer(x, *args, **kwargs)
-        if torch.is_autocast_enabled(x.device.type):  # what the base layer would do itself, before our product
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return self._base_forward(x, cores, *args, **kwargs)
+        return self._base_forward(as_autocast(x), cores, *args, **kwargs)
 
     def _base_forward(self, x: torch.Tensor, cores: list[FuraCore], *args: Any, **kwargs: Any) -> torch.Tensor:
         base_layer = self.base_layer
@@ -333,8 +331,7 @@ class FuraLinear(nn.Module, BaseTunerLayer):
 
     def _core_forward(self, x: torch.Tensor, core: FuraCore, adapted: bool) -> torch.Tensor:
         dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = as_autocast(x)
         small = core.core(adapted)
         if core.large_core is None:
             large = self.base_layer
@@ -418,6 +415,19 @@ class QuantizedWeight:
         if self.scales is not None:
             self.parameter.CB, self.parameter.SCB = self.parameter.data, self.scales
             base_layer.state.reset_grads()
+
+
+def is_offloaded(layer: nn.Module) -> bool:
+    """Whether accelerate keeps this layer's weights elsewhere between its forwards."""
+    return bool(getattr(getattr(layer, "_hf_hook", None), "offload", False))
+
+
+def as_autocast(x: torch.Tensor) -> torch.Tensor:
+    """x as autocast would hand it to a linear layer, which is what our products before that layer take."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:  # which autocast leaves alone
+        return x.to(torch.get_autocast_dtype(device_type))
+    return x
 
 
 def sum_updates(cores: list[FuraCore]) -> list[torch.Tensor]:
