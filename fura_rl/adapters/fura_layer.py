@@ -24,6 +24,8 @@ from fura_rl.adapters.large_core import LargeCore
 from fura_rl.adapters.moved_linear import moved_linear, spectral_linear, takes
 from fura_rl.adapters.quantized import keep_layout
 
+TENSORS_OF_A_CORE = ("fura_core", "delta_r", "delta_s", "large_core", "basis_v", "basis_s")
+
 
 class FuraLinear(nn.Module, BaseTunerLayer):
     """A frozen linear layer (`nn.Linear`, `Conv1D`, or one that PEFT can dequantize) with FuRA adapters on it."""
@@ -72,12 +74,18 @@ class FuraLinear(nn.Module, BaseTunerLayer):
                 taken, or the core form would have to share the layer with another adapter.
         """
         self.check_room(adapter_name, config)
+        self.dropped_directions, self.head_dim_fell_back = 0, False
         axis = block_axis or config.block_axis
         size = self._resolve_block_size(block_size or config.block_size, axis, head_dim)
         conversion_skipped = parameters_go_to_meta() and config.save_basis and config.form == "base"
         weight = self._pristine_meta_weight() if conversion_skipped else self.pristine_weight()
         oriented = self._orient(weight, axis)
         if weight.device.type == "meta":
+            if is_offloaded(self.get_base_layer()) and not conversion_skipped:
+                raise ValueError(
+                    f"{self.layer_name} is offloaded, so its weight is not there to be decomposed; adapt the model "
+                    "before it is offloaded, or load a saved adapter with low_cpu_mem_usage=True"
+                )
             frame, large = empty_frame(oriented, size, config)
         else:
             check_weight(weight, self.layer_name)
@@ -92,6 +100,11 @@ class FuraLinear(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def check_room(self, adapter_name: str, config: FuraConfig) -> None:
+        if adapter_name in TENSORS_OF_A_CORE:
+            raise ValueError(
+                f"an adapter called {adapter_name!r} would be mixed up with FuRA's tensors in an adapter file; give it "
+                f"a name other than {', '.join(TENSORS_OF_A_CORE)}"
+            )
         if adapter_name in self.fura_core:
             raise ValueError(f"{self.layer_name} already carries an adapter called {adapter_name!r}; delete it first")
         if self.fura_core and (config.form == "core" or self.core_form is not None):
@@ -290,6 +303,14 @@ class FuraLinear(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Not where PEFT, which asks the base layer how it stores its weight, would mistake it."""
+        if self.is_conv1d and self.owns_large_core:
+            warnings.warn(
+                f"{self.layer_name}: PEFT cannot convert the core form of a Conv1D to LoRA, since the Conv1D is gone; "
+                "train it in form='base', or merge_and_unload() it",
+                stacklevel=2,
+            )
+            return False
         return True  # get_delta_weight is additive
 
     # ---- forward
