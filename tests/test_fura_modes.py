@@ -348,7 +348,60 @@ def test_a_weighted_adapter_unites_the_layers_of_its_parts_each_with_its_own_blo
     assert relative_error(first.get_delta_weight("mix"), 0.7 * first.get_delta_weight("default")) < 1e-5
     assert relative_error(second.get_delta_weight("mix"), -0.2 * second.get_delta_weight("other")) < 1e-5
     assert model.peft_config["default"].target_modules == {"0"}
-    assert model.peft_config["mix"].target_modules == {"0", "2"}
+    assert all("mix" in layer.fura_core for layer in (first, second))
+
+
+class Nested(nn.Module):
+    """Two layers of one name, one inside another module."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj, self.inner = nn.Linear(24, 24), nn.ModuleDict({"proj": nn.Linear(24, 24)})
+
+    def forward(self, x):
+        return self.inner["proj"](torch.tanh(self.proj(x)))
+
+
+def test_a_weighted_adapter_has_the_blocks_of_each_layer_whatever_its_name_and_the_firsts_patterns_match():
+    model = adapted(
+        Nested(), target_modules=r"proj", block_size_pattern={".*proj": 8}, block_axis_pattern={".*": "out"}
+    )
+    model.add_adapter("other", FuraConfig(target_modules=r"inner\.proj", block_size=3, init_weights=False))
+    model.add_weighted_adapter(["default", "other"], [0.7, -0.2], "mix")
+    outer, inner = fura_layers(model)
+    assert relative_error(outer.get_delta_weight("mix"), 0.7 * outer.get_delta_weight("default")) < 1e-5
+    assert relative_error(inner.get_delta_weight("mix"), -0.2 * inner.get_delta_weight("other")) < 1e-5
+    model.add_weighted_adapter(["default"], [2.0], "twice")
+    assert "twice" not in inner.fura_core
+
+
+def test_a_weighted_adapter_of_an_adapter_that_trains_biases_leaves_them_the_models():
+    model = adapted(mlp(), target_modules=["0"], bias="all")
+    model.add_weighted_adapter(["default"], [0.5], "fraction")
+    [layer] = fura_layers(model)
+    assert relative_error(layer.get_delta_weight("fraction"), 0.5 * layer.get_delta_weight("default")) < 1e-5
+    assert model.peft_config["fraction"].bias == "none"
+
+
+def test_a_weighted_adapter_of_whole_modules_is_refused_and_leaves_nothing_behind():
+    model = adapted(mlp(), target_modules=["0"], modules_to_save=["2"])
+    with pytest.raises(ValueError, match=r"adapters \['default'\] train whole modules too \(modules_to_save\)"):
+        model.add_weighted_adapter(["default"], [0.5], "fraction")
+    assert list(model.peft_config) == ["default"]
+
+
+def test_a_weighted_adapter_on_a_16_bit_base_is_stored_as_its_parts_are():
+    model = adapted(mlp(torch.bfloat16), target_modules=["0"])
+    model.add_weighted_adapter(["default"], [0.7], "mix")
+    core = fura_layers(model)[0].fura_core
+    assert core["mix"].delta_r.dtype == core["default"].delta_r.dtype == torch.float32
+    assert relative_error(core["mix"].update(), 0.7 * core["default"].update()) < 1e-5
+
+
+def test_a_batch_of_mixed_adapters_is_refused():
+    model = adapted(mlp()).eval()
+    with pytest.raises(ValueError, match=r"adapter_names=\['default', '__base__'\]: FuRA has no batches of mixed"):
+        model(torch.randn(2, 24), adapter_names=["default", "__base__"])
 
 
 def test_a_weighted_adapter_of_a_taken_name_is_refused_and_leaves_its_owner_alone():
@@ -366,6 +419,69 @@ def test_a_converted_lora_of_full_rank_is_the_same_update(tmp_path):
     save_as_lora(tmp_path, model, rank=16)
     x = torch.randn(3, 24)
     assert relative_error(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(x), model(x)) < 1e-5
+
+
+def test_a_core_form_of_a_conv1d_is_not_converted_to_lora(tmp_path):
+    model = adapted(nn.Sequential(Conv1D(24, 24)), target_modules=["0"], form="core")
+    with (
+        pytest.warns(UserWarning, match=r"0: PEFT cannot convert the core form of a Conv1D to LoRA.*form='base'"),
+        pytest.raises(TypeError, match="do not support LoRA conversion"),
+    ):
+        save_as_lora(tmp_path, model, rank=24)
+
+
+def test_linear_layers_that_share_a_weight_are_merged_each_for_itself_and_unmerged_to_the_bit():
+    base = nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 24))
+    base[2].weight = base[0].weight
+    model = adapted(base)
+    x, weight = torch.randn(3, 24), base[0].weight.clone()
+    expected = model(x)
+    model.merge_adapter()
+    assert relative_error(model(x), expected) < TOLERANCE[torch.float32]
+    model.unmerge_adapter()
+    assert torch.equal(model(x), expected)
+    first, second = (layer.get_base_layer().weight for layer in fura_layers(model))
+    assert first is second
+    assert torch.equal(first, weight)
+
+
+def test_a_weight_that_is_computed_from_others_is_not_merged_in_vain():
+    base = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(24, 24)))
+    model = adapted(base, target_modules="0")
+    x = torch.randn(3, 24)
+    layer = fura_layers(model)[0]
+    assert relative_error(model(x), nn.functional.linear(x, layer.folded_weight(["default"]), layer.bias)) < 1e-5
+    with pytest.raises(TypeError, match=r"the weight of 0 is computed from others.*remove_parametrizations"):
+        model.merge_adapter()
+
+
+def test_a_base_model_whose_weights_are_offloaded_is_refused_by_name():
+    offloaded = cpu_offload(mlp(), execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"0 is offloaded, so its weight is not there.*low_cpu_mem_usage=True"):
+        get_peft_model(offloaded, FuraConfig(target_modules=["0", "2"]))
+
+
+def test_a_basis_that_no_state_can_fill_is_named():
+    with torch.device("meta"):
+        empty = adapted(mlp(), save_basis=False)
+    with pytest.raises(RuntimeError, match=r"0\.fura_core\.default: save_basis=False computes the basis from the base"):
+        empty.load_state_dict(adapted(mlp(), save_basis=False).state_dict(), assign=True)
+
+
+def test_an_adapter_that_is_added_later_says_what_it_leaves():
+    model = adapted(mlp(), target_modules=["0"])
+    model.base_model.model[2].weight.data[:, 0] = 0
+    with (
+        pytest.warns(UserWarning, match="1 block directions have no pretrained column"),
+        pytest.warns(UserWarning, match=r"block_size_pattern has keys that match no adapted module: \['nope'\]"),
+    ):
+        model.add_adapter("other", FuraConfig(target_modules=["2"], block_size_pattern={"nope": 2}))
+
+
+def test_an_adapter_called_like_one_of_its_tensors_is_refused():
+    model = adapted(mlp())
+    with pytest.raises(ValueError, match="an adapter called 'delta_r' would be mixed up with FuRA's tensors"):
+        model.add_adapter("delta_r", FuraConfig(target_modules=["0"]))
 
 
 def test_hotswap_is_refused_clearly(tmp_path):
