@@ -83,8 +83,8 @@ class FuraLinear(nn.Module, BaseTunerLayer):
         if weight.device.type == "meta":
             if is_offloaded(self.get_base_layer()) and not conversion_skipped:
                 raise ValueError(
-                    f"{self.layer_name} is offloaded, so its weight is not there to be decomposed; adapt the model "
-                    "before it is offloaded, or load a saved adapter with low_cpu_mem_usage=True"
+                    f"{self.layer_name} is offloaded, so its weight is not there to be decomposed; adapt the model, "
+                    "or load its adapter, before it is offloaded"
                 )
             frame, large = empty_frame(oriented, size, config)
         else:
