@@ -35,7 +35,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", help="cpu or cuda [cuda where there is one]")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="[bfloat16 on cuda, else float32]")
     parser.add_argument(
-        "--autocast", action="store_true", help="layer: forward under autocast of a 16-bit --dtype, as bf16: true runs"
+        "--autocast",
+        action="store_true",
+        help="layer, also within all: every layer's forward under autocast of a 16-bit --dtype, as bf16: true trains; "
+        "the report says so",
     )
     parser.add_argument("--sizes", nargs="+", help="model sizes: tiny, 3m, qwen3-0.6b, qwen3-1.7b, 7b")
     parser.add_argument(

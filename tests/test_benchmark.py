@@ -225,7 +225,8 @@ def test_a_capture_that_fails_is_named_and_tried_again_only_where_memory_was_sho
     assert capsys.readouterr().out.count("oft has no time as a CUDA graph: operation not permitted when stream") == 1
 
 
-def test_long_replays_are_timed_one_by_one_and_short_ones_together(monkeypatch):
+@pytest.mark.parametrize(("fastest", "count"), [(0.9, graphed.REPLAYS), (1.1, 1)])
+def test_all_that_are_compared_are_replayed_equally_often_long_ones_one_by_one(fastest, count, monkeypatch):
     now, replayed = [0.0], []
 
     class Graph:
@@ -238,12 +239,10 @@ def test_long_replays_are_timed_one_by_one_and_short_ones_together(monkeypatch):
             now[0] += self.seconds + (1.0 if first else 0.0)  # the first replay uploads the graph
 
     monkeypatch.setattr(graphed, "capture", lambda call, device: Graph(call))
-    calls = {"short": ("short", 0.9 * graphed.LONG_SECONDS), "long": ("long", 1.1 * graphed.LONG_SECONDS)}
+    calls = {name: (name, factor * graphed.LONG_SECONDS) for name, factor in (("short", fastest), ("long", 1.2))}
     times = graphed.interleaved_medians(calls, small_settings(clock=lambda: now[0]), set())
     assert times == pytest.approx({name: seconds for name, seconds in calls.values()})
-    assert replayed.count("short") == 4 + 4 * graphed.REPLAYS
-    assert replayed.count("long") == 4 + 4
-    assert replayed[-1 - graphed.REPLAYS :] == ["short"] * graphed.REPLAYS + ["long"]
+    assert replayed == 4 * ["short", "long"] + 4 * [*["short"] * count, *["long"] * count]
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -281,6 +280,27 @@ def test_autocast_of_float32_is_refused(tmp_path, capsys):
     assert "--autocast of float32 changes nothing; give --dtype bfloat16 or float16" in capsys.readouterr().err
     assert main(["fold", *small, "--dtype", "bfloat16", "--autocast"]) == 2
     assert "--autocast is for the layer benchmark, and fold would leave it out" in capsys.readouterr().err
+
+
+def test_a_report_of_several_benchmarks_says_that_its_layers_ran_under_autocast_and_the_help_what_that_is(
+    tmp_path, capsys
+):
+    settings = small_settings(
+        dtype=torch.bfloat16, shapes=((64, 64),), tokens=(8,), autocast=True, out=tmp_path, clock=time.process_time
+    )
+    assert measure_all(["layer", "fold"], settings) == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    assert "bfloat16 (layers under autocast)" in line
+    assert (tmp_path / "benchmark.md").read_text().splitlines()[0] == line
+    written = json.loads((tmp_path / "benchmark.json").read_text())
+    assert list(written["results"]) == ["layer", "fold"]
+    assert written["machine"]["autocast"] is True
+    main = runpy.run_path(str(REPOSITORY / "launch" / "benchmark.py"))["main"]
+    with pytest.raises(SystemExit):
+        main(["layer", "--help"])
+    explained = " ".join(capsys.readouterr().out.partition("--autocast ")[2].partition("--sizes")[0].split())
+    assert "every layer's forward under autocast of a 16-bit --dtype" in explained
+    assert "the report says so" in explained
 
 
 def test_forward_and_backward_of_a_graph_are_those_of_a_step():

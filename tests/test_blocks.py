@@ -137,6 +137,15 @@ def test_the_random_basis_is_orthonormal_and_fits_by_least_squares():
         assert torch.allclose(small[i], torch.linalg.lstsq(left, weight[:, 4 * i : 4 * i + 4]).solution, atol=1e-12)
 
 
+def test_the_random_basis_does_not_depend_on_how_many_blocks_are_in_memory_at_once(monkeypatch):
+    """A GPU takes more at once than a CPU, and an adapter without its large core must find it again on either."""
+    weight = torch.randn(5, 12)
+    expected, _ = frames.random_cores(weight, 3, seed=1)
+    monkeypatch.setitem(frames.WORKSPACE_BYTES, "cpu", 1)
+    large, _ = frames.random_cores(weight, 3, seed=1)
+    assert torch.equal(large, expected)
+
+
 @pytest.mark.parametrize(("rows", "size"), [(50, 12), (8, 12)])
 def test_spectral_update_is_the_general_formula_and_its_gradients(rows, size):
     """Also where a block is wider than high, and a direction has no pretrained column: it stays still."""

@@ -1,14 +1,17 @@
 """FuRA in the circumstances PEFT users bring: dtypes, autocast, compile, checkpointing, overrides, combinations."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import TOLERANCE, relative_error
+from accelerate import cpu_offload
+from conftest import TOLERANCE, perturb_trained, relative_error
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import save_as_lora
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from fura_rl import FuraConfig
 from fura_rl.adapters import blocks, frames, fura_layer
@@ -55,6 +58,16 @@ def test_autocast_starts_at_the_base_models_autocast_output_and_keeps_float32_gr
     assert torch.equal(output, expected) if settings["form"] == "base" else relative_error(output, expected) < 2e-2
     output.float().sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("settings", FORMS, ids=str)
+def test_autocast_leaves_float64_alone_as_it_does_in_the_base_model(settings):
+    base = mlp(torch.float64)
+    model, x = adapted(base, **settings), torch.randn(9, 24, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert base(x).dtype == torch.float64
+        output = model(x)
+    assert torch.equal(output, model(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -158,6 +171,49 @@ def test_low_cpu_mem_usage_loads_without_converting_again(tmp_path, monkeypatch)
     assert torch.equal(loaded(x), model(x))
 
 
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+@pytest.mark.parametrize("settings", [{}, LARGE_CORES[1], {"core_dtype": "float32"}], ids=str)
+def test_low_cpu_mem_usage_loads_the_bits_that_are_loaded_without_it(settings, autocast_adapter_dtype, tmp_path):
+    base = mlp(torch.bfloat16)
+    model = adapted(base, **settings)
+    perturb_trained(model, 0.3, seed=0)
+    model.save_pretrained(tmp_path)
+    tensors = []
+    for low_cpu_mem_usage in (False, True):
+        options = {"low_cpu_mem_usage": low_cpu_mem_usage, "autocast_adapter_dtype": autocast_adapter_dtype}
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, **options)
+        tensors.append([t for layer in fura_layers(loaded) for t in layer.fura_core["default"].state_dict().values()])
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(*tensors, strict=True))
+
+
+@pytest.mark.parametrize("settings", [*FORMS, *LARGE_CORES, {"save_basis": False}], ids=str)
+def test_a_state_of_16_bits_that_is_assigned_is_that_of_16_bits_that_is_copied(settings):
+    base, x = mlp(), torch.randn(9, 24)
+    model = adapted(base, **settings)
+    state = {name: t.bfloat16() if "fura_core" in name else t for name, t in model.state_dict().items()}
+    other = adapted(base, **settings)
+    other.load_state_dict(state, assign=True)
+    output = other(x)
+    output.square().sum().backward()
+    assert relative_error(output, model(x)) < TOLERANCE[torch.bfloat16]
+    assert all(p.grad.isfinite().all() for p in other.parameters() if p.requires_grad)
+    cores = [layer.fura_core["default"] for layer in fura_layers(other)]
+    assert {buffer.dtype for core in cores for buffer in core.buffers()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"singular_values": "train"}, {"basis": "qr", "singular_values": "merge_trained"}]
+)
+def test_a_whole_models_state_brings_its_own_large_core(settings):
+    model, other = (
+        adapted(nn.Sequential(nn.Linear(24, 16)), target_modules=["0"], form="core", **settings) for _ in "ab"
+    )
+    x = torch.randn(9, 24)
+    assert relative_error(other(x), model(x)) > 0.1
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x), model(x))
+
+
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 def test_a_core_form_whose_saved_basis_differs_takes_the_saved_one(tmp_path, quantize):
     """Another machine's SVD may flip signs: here every second singular pair is flipped before the adapter is saved."""
@@ -176,6 +232,30 @@ def test_a_core_form_whose_saved_basis_differs_takes_the_saved_one(tmp_path, qua
     x = torch.randn(3, 24)
     # NF4's codes are not symmetric, so a flipped column is rounded a little otherwise
     assert relative_error(loaded(x), model(x)) < (TOLERANCE[torch.float32] if quantize is None else 0.1)
+
+
+@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize("settings", [*LARGE_CORES, {"form": "core", "quantize_core": "nf4"}], ids=str)
+def test_a_core_form_that_was_cast_leaves_linear_layers_of_the_models_dtype(settings, merged):
+    model = adapted(mlp(), **settings).to(torch.bfloat16)
+    x = torch.randn(9, 24, dtype=torch.bfloat16)
+    with model.disable_adapter() if not merged else nullcontext():
+        expected = model(x)
+    plain = model.merge_and_unload() if merged else model.unload()
+    assert {p.dtype for p in plain.parameters()} == {torch.bfloat16}
+    assert relative_error(plain(x), expected) < 2 * TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("axis", ["in", "out"])
+@pytest.mark.parametrize("train_core", ["large", "both"])
+def test_a_large_core_that_trains_does_not_start_rounded_to_the_base_models_16_bits(train_core, axis):
+    base = mlp(torch.bfloat16)
+    settings = {"form": "core", "train_core": train_core, "block_axis": axis, "init_weights": True}
+    for layer, plain in zip(fura_layers(adapted(base, **settings)), (base[0], base[2]), strict=True):
+        assert relative_error(layer.folded_weight(["default"]), plain.weight) < TOLERANCE[torch.float32]
+    config = FuraConfig(target_modules=["0"], **settings)
+    model = get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.bfloat16}
 
 
 def test_overrides_choose_blocks_per_module_and_keys_that_match_nothing_are_named():
@@ -268,7 +348,60 @@ def test_a_weighted_adapter_unites_the_layers_of_its_parts_each_with_its_own_blo
     assert relative_error(first.get_delta_weight("mix"), 0.7 * first.get_delta_weight("default")) < 1e-5
     assert relative_error(second.get_delta_weight("mix"), -0.2 * second.get_delta_weight("other")) < 1e-5
     assert model.peft_config["default"].target_modules == {"0"}
-    assert model.peft_config["mix"].target_modules == {"0", "2"}
+    assert all("mix" in layer.fura_core for layer in (first, second))
+
+
+class Nested(nn.Module):
+    """Two layers of one name, one inside another module."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj, self.inner = nn.Linear(24, 24), nn.ModuleDict({"proj": nn.Linear(24, 24)})
+
+    def forward(self, x):
+        return self.inner["proj"](torch.tanh(self.proj(x)))
+
+
+def test_a_weighted_adapter_has_the_blocks_of_each_layer_whatever_its_name_and_the_firsts_patterns_match():
+    model = adapted(
+        Nested(), target_modules=r"proj", block_size_pattern={".*proj": 8}, block_axis_pattern={".*": "out"}
+    )
+    model.add_adapter("other", FuraConfig(target_modules=r"inner\.proj", block_size=3, init_weights=False))
+    model.add_weighted_adapter(["default", "other"], [0.7, -0.2], "mix")
+    outer, inner = fura_layers(model)
+    assert relative_error(outer.get_delta_weight("mix"), 0.7 * outer.get_delta_weight("default")) < 1e-5
+    assert relative_error(inner.get_delta_weight("mix"), -0.2 * inner.get_delta_weight("other")) < 1e-5
+    model.add_weighted_adapter(["default"], [2.0], "twice")
+    assert "twice" not in inner.fura_core
+
+
+def test_a_weighted_adapter_of_an_adapter_that_trains_biases_leaves_them_the_models():
+    model = adapted(mlp(), target_modules=["0"], bias="all")
+    model.add_weighted_adapter(["default"], [0.5], "fraction")
+    [layer] = fura_layers(model)
+    assert relative_error(layer.get_delta_weight("fraction"), 0.5 * layer.get_delta_weight("default")) < 1e-5
+    assert model.peft_config["fraction"].bias == "none"
+
+
+def test_a_weighted_adapter_of_whole_modules_is_refused_and_leaves_nothing_behind():
+    model = adapted(mlp(), target_modules=["0"], modules_to_save=["2"])
+    with pytest.raises(ValueError, match=r"adapters \['default'\] train whole modules too \(modules_to_save\)"):
+        model.add_weighted_adapter(["default"], [0.5], "fraction")
+    assert list(model.peft_config) == ["default"]
+
+
+def test_a_weighted_adapter_on_a_16_bit_base_is_stored_as_its_parts_are():
+    model = adapted(mlp(torch.bfloat16), target_modules=["0"])
+    model.add_weighted_adapter(["default"], [0.7], "mix")
+    core = fura_layers(model)[0].fura_core
+    assert core["mix"].delta_r.dtype == core["default"].delta_r.dtype == torch.float32
+    assert relative_error(core["mix"].update(), 0.7 * core["default"].update()) < 1e-5
+
+
+def test_a_batch_of_mixed_adapters_is_refused():
+    model = adapted(mlp()).eval()
+    with pytest.raises(ValueError, match=r"adapter_names=\['default', '__base__'\]: FuRA has no batches of mixed"):
+        model(torch.randn(2, 24), adapter_names=["default", "__base__"])
 
 
 def test_a_weighted_adapter_of_a_taken_name_is_refused_and_leaves_its_owner_alone():
@@ -286,6 +419,69 @@ def test_a_converted_lora_of_full_rank_is_the_same_update(tmp_path):
     save_as_lora(tmp_path, model, rank=16)
     x = torch.randn(3, 24)
     assert relative_error(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(x), model(x)) < 1e-5
+
+
+def test_a_core_form_of_a_conv1d_is_not_converted_to_lora(tmp_path):
+    model = adapted(nn.Sequential(Conv1D(24, 24)), target_modules=["0"], form="core")
+    with (
+        pytest.warns(UserWarning, match=r"0: PEFT cannot convert the core form of a Conv1D to LoRA.*form='base'"),
+        pytest.raises(TypeError, match="do not support LoRA conversion"),
+    ):
+        save_as_lora(tmp_path, model, rank=24)
+
+
+def test_linear_layers_that_share_a_weight_are_merged_each_for_itself_and_unmerged_to_the_bit():
+    base = nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 24))
+    base[2].weight = base[0].weight
+    model = adapted(base)
+    x, weight = torch.randn(3, 24), base[0].weight.clone()
+    expected = model(x)
+    model.merge_adapter()
+    assert relative_error(model(x), expected) < TOLERANCE[torch.float32]
+    model.unmerge_adapter()
+    assert torch.equal(model(x), expected)
+    first, second = (layer.get_base_layer().weight for layer in fura_layers(model))
+    assert first is second
+    assert torch.equal(first, weight)
+
+
+def test_a_weight_that_is_computed_from_others_is_not_merged_in_vain():
+    base = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(24, 24)))
+    model = adapted(base, target_modules="0")
+    x = torch.randn(3, 24)
+    layer = fura_layers(model)[0]
+    assert relative_error(model(x), nn.functional.linear(x, layer.folded_weight(["default"]), layer.bias)) < 1e-5
+    with pytest.raises(TypeError, match=r"the weight of 0 is computed from others.*remove_parametrizations"):
+        model.merge_adapter()
+
+
+def test_a_base_model_whose_weights_are_offloaded_is_refused_by_name():
+    offloaded = cpu_offload(mlp(), execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"0 is offloaded, so its weight is not there.*before it is offloaded"):
+        get_peft_model(offloaded, FuraConfig(target_modules=["0", "2"]))
+
+
+def test_a_basis_that_no_state_can_fill_is_named():
+    with torch.device("meta"):
+        empty = adapted(mlp(), save_basis=False)
+    with pytest.raises(RuntimeError, match=r"0\.fura_core\.default: save_basis=False computes the basis from the base"):
+        empty.load_state_dict(adapted(mlp(), save_basis=False).state_dict(), assign=True)
+
+
+def test_an_adapter_that_is_added_later_says_what_it_leaves():
+    model = adapted(mlp(), target_modules=["0"])
+    model.base_model.model[2].weight.data[:, 0] = 0
+    with (
+        pytest.warns(UserWarning, match="1 block directions have no pretrained column"),
+        pytest.warns(UserWarning, match=r"block_size_pattern has keys that match no adapted module: \['nope'\]"),
+    ):
+        model.add_adapter("other", FuraConfig(target_modules=["2"], block_size_pattern={"nope": 2}))
+
+
+def test_an_adapter_called_like_one_of_its_tensors_is_refused():
+    model = adapted(mlp())
+    with pytest.raises(ValueError, match="an adapter called 'delta_r' would be mixed up with FuRA's tensors"):
+        model.add_adapter("delta_r", FuraConfig(target_modules=["0"]))
 
 
 def test_hotswap_is_refused_clearly(tmp_path):

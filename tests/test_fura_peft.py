@@ -144,6 +144,11 @@ def test_all_faults_of_a_config_come_in_one_message():
         ({"target_parameters": ["experts.gate_up_proj"]}, "use target_modules"),
         ({"block_size_pattern": {"q_proj": -1}}, r"block_size_pattern\['q_proj'\]=-1"),
         ({"block_axis_pattern": {"q_proj": "rows"}}, r"block_axis_pattern\['q_proj'\]='rows'"),
+        (
+            {"block_size_pattern": None},
+            r"block_size_pattern=None is not a dict from module names to values; leave it out",
+        ),
+        ({"block_axis_pattern": ["q_proj"]}, r"block_axis_pattern=\['q_proj'\] is not a dict"),
     ],
 )
 def test_impossible_combinations_are_refused_with_the_reason(settings, reason):

@@ -126,7 +126,7 @@ def layer_settings(tokens):
 def test_a_replayed_graph_computes_the_gradients_of_a_step(tokens):
     from fura_rl.benchmark import graphed, layer
 
-    settings, uncaptured = layer_settings(tokens), set()
+    settings, captured = layer_settings(tokens), set()
     for name, contender in layer.moved_contenders(settings, (768, 1024)).items():
         x = torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         grad = torch.randn(tokens, 768, device="cuda", dtype=torch.bfloat16)
@@ -138,15 +138,15 @@ def test_a_replayed_graph_computes_the_gradients_of_a_step(tokens):
         try:
             graph = graphed.capture(call, x.device)
         except RuntimeError:
-            uncaptured.add(name)
             continue
+        captured.add(name)
         with torch.no_grad():
             x.normal_()
             grad.normal_()
         graph.replay()
         for replayed, eager in zip(kept, gradients(), strict=True):
             assert relative_error(replayed, eager) < 1e-2, name
-    assert not uncaptured & {"frozen", "fura", "lora", "lora r=64", "paper"}
+    assert captured >= {"frozen", "fura", "lora", "lora r=64", "paper"}, "a peer that was left out has no time either"
 
 
 def test_what_cannot_be_captured_has_an_empty_cell_and_harms_nothing_after_it(monkeypatch, capsys):

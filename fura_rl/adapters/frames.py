@@ -183,7 +183,9 @@ def random_cores(weight: torch.Tensor, block_size: int, seed: int) -> tuple[torc
     large, small = [], []
     for blocks in _block_batches(weight, block_size):
         shape = (*blocks.shape[:-1], min(blocks.shape[-2:]))
-        q, _ = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64))
+        # block by block: randn of a batch depends on how many are drawn at once, which depends on the device
+        drawn = [torch.randn(shape[1:], generator=generator, dtype=torch.float64) for _ in blocks]
+        q, _ = torch.linalg.qr(torch.stack(drawn))
         large.append(q.to(blocks.device))
         small.append(large[-1].mT @ blocks)
     return _in_working_dtype(weight, large, small)

@@ -123,13 +123,20 @@ class FuraConfig(PeftConfig):
             for name, choices in CHOICES.items()
             if getattr(self, name) not in choices
         ]
+        patterns = {name: getattr(self, name) for name in ("block_size_pattern", "block_axis_pattern")}
+        faults += [
+            f"{name}={value!r} is not a dict from module names to values; leave it out, or give {{}}"
+            for name, value in patterns.items()
+            if not isinstance(value, dict)
+        ]
+        size_pattern, axis_pattern = (value if isinstance(value, dict) else {} for value in patterns.values())
         sizes = {"block_size": self.block_size} | {
-            f"block_size_pattern[{name!r}]": size for name, size in self.block_size_pattern.items()
+            f"block_size_pattern[{name!r}]": size for name, size in size_pattern.items()
         }
         faults += [fault for name, size in sizes.items() for fault in block_size_faults(name, size)]
         faults += [
             f"block_axis_pattern[{name!r}]={axis!r} is not one of 'in', 'out'"
-            for name, axis in self.block_axis_pattern.items()
+            for name, axis in axis_pattern.items()
             if axis not in CHOICES["block_axis"]
         ]
         faults += self._combination_faults()

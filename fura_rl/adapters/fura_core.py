@@ -131,9 +131,18 @@ class FuraCore(nn.Module):
         saved = state_dict.get(prefix + "basis_s")
         if not self.save_basis and saved is not None and self.basis_s.device.type != "meta":
             same_shape = saved.shape == self.basis_s.shape
-            if not same_shape or not torch.allclose(saved.to(self.basis_s), self.basis_s, rtol=1e-3, atol=1e-6):
+            rounding = max(1e-3, torch.finfo(saved.dtype).eps)
+            if not same_shape or not torch.allclose(saved.to(self.basis_s), self.basis_s, rtol=rounding, atol=1e-6):
                 error_messages.append(
                     f"{prefix.rstrip('.')}: the adapter was saved with save_basis=False and its singular values do not "
                     "match this base weight; load it on the base model it was trained on, or save with save_basis=True"
                 )
+        if not self.save_basis and self.basis_v.device.type == "meta" and saved is not None:
+            error_messages.append(
+                f"{prefix.rstrip('.')}: save_basis=False computes the basis from the base weight, which had no values "
+                "(meta device) when the adapter was made; make it on a model with weights, or save with save_basis=True"
+            )
+        for key in (prefix + "basis_v", prefix + "basis_s"):  # `assign=True` would put it in as narrow as it was saved
+            if key in state_dict:
+                state_dict[key] = state_dict[key].to(torch.promote_types(state_dict[key].dtype, torch.float32))
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -24,6 +24,8 @@ from fura_rl.adapters.large_core import LargeCore
 from fura_rl.adapters.moved_linear import moved_linear, spectral_linear, takes
 from fura_rl.adapters.quantized import keep_layout
 
+TENSORS_OF_A_CORE = ("fura_core", "delta_r", "delta_s", "large_core", "basis_v", "basis_s")
+
 
 class FuraLinear(nn.Module, BaseTunerLayer):
     """A frozen linear layer (`nn.Linear`, `Conv1D`, or one that PEFT can dequantize) with FuRA adapters on it."""
@@ -72,12 +74,18 @@ class FuraLinear(nn.Module, BaseTunerLayer):
                 taken, or the core form would have to share the layer with another adapter.
         """
         self.check_room(adapter_name, config)
+        self.dropped_directions, self.head_dim_fell_back = 0, False
         axis = block_axis or config.block_axis
         size = self._resolve_block_size(block_size or config.block_size, axis, head_dim)
         conversion_skipped = parameters_go_to_meta() and config.save_basis and config.form == "base"
         weight = self._pristine_meta_weight() if conversion_skipped else self.pristine_weight()
         oriented = self._orient(weight, axis)
         if weight.device.type == "meta":
+            if is_offloaded(self.get_base_layer()) and not conversion_skipped:
+                raise ValueError(
+                    f"{self.layer_name} is offloaded, so its weight is not there to be decomposed; adapt the model, "
+                    "or load its adapter, before it is offloaded"
+                )
             frame, large = empty_frame(oriented, size, config)
         else:
             check_weight(weight, self.layer_name)
@@ -92,6 +100,11 @@ class FuraLinear(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def check_room(self, adapter_name: str, config: FuraConfig) -> None:
+        if adapter_name in TENSORS_OF_A_CORE:
+            raise ValueError(
+                f"an adapter called {adapter_name!r} would be mixed up with FuRA's tensors in an adapter file; give it "
+                f"a name other than {', '.join(TENSORS_OF_A_CORE)}"
+            )
         if adapter_name in self.fura_core:
             raise ValueError(f"{self.layer_name} already carries an adapter called {adapter_name!r}; delete it first")
         if self.fura_core and (config.form == "core" or self.core_form is not None):
@@ -122,7 +135,9 @@ class FuraLinear(nn.Module, BaseTunerLayer):
         if config.basis == "random":
             warn_of_lost_weight(oriented, blocks.fold(large, frame.right.mT).to(home), self.layer_name)
         self.dropped_directions = frame.dropped
-        return frame.to(home), None if large is None else large.to(home, dtype)
+        if large is not None:
+            large = large.to(home, dtype if config.train_core == "small" else None)  # one that trains stays wide
+        return frame.to(home), large
 
     def _store_large_core(self, core: FuraCore, large: torch.Tensor, axis: str, config: FuraConfig) -> None:
         stored = (large if axis == "in" else large.mT).contiguous()
@@ -134,10 +149,20 @@ class FuraLinear(nn.Module, BaseTunerLayer):
             core.large_core = nn.Parameter(stored.to(torch.promote_types(stored.dtype, torch.float32)))
 
     def _cast_core(self, core: FuraCore, core_dtype: str | None, base_dtype: torch.dtype) -> None:
-        """The trained tensors in `core_dtype`, or PEFT's convention: the base dtype, which PEFT then makes float32."""
-        dtype = getattr(torch, core_dtype) if core_dtype else base_dtype
+        """The trained tensors in `core_dtype`, or PEFT's convention: the base dtype, which PEFT then makes float32.
+
+        A large core, which does not start at 0, would be rounded on the way: the tuner casts it where PEFT does not.
+        """
         for parameter in core.parameters():
-            parameter.data = parameter.data.to(dtype)
+            if core_dtype:
+                parameter.data = parameter.data.to(getattr(torch, core_dtype))
+            elif parameter is not core.large_core:
+                parameter.data = parameter.data.to(base_dtype)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """To the device only: PEFT's cast to the base dtype would round what it makes float32 again afterwards."""
+        if adapter_name in self.fura_core and all(p.device.type != "meta" for p in self.fura_core.parameters()):
+            self.fura_core[adapter_name].to(device or self.get_base_layer().weight.device)
 
     # ---- weights
 
@@ -169,9 +194,7 @@ class FuraLinear(nn.Module, BaseTunerLayer):
         """
         if self.owns_large_core:
             return self._unfold(self.core_form, adapted=False).to(self._large_layer().compute_dtype)
-        if self._set_aside is None:
-            return self.get_base_weight()
-        return self._set_aside.dequantized if self.quantization_backend is not None else self._set_aside
+        return self.get_base_weight() if self._set_aside is None else self._set_aside.dequantized
 
     def _large_layer(self) -> LargeCore:
         return self.base_layer if self._set_aside is None else self._set_aside
@@ -233,8 +256,9 @@ class FuraLinear(nn.Module, BaseTunerLayer):
                 self._set_aside = QuantizedWeight(self)
             self.set_base_weight(folded)
         else:
-            self._set_aside = self.pristine_weight()
-            self.get_base_layer().weight.data = folded
+            if self._set_aside is None:
+                self._set_aside = DenseWeight(self)
+            self.get_base_layer().weight = nn.Parameter(folded, requires_grad=False)
 
     def unmerge(self) -> None:
         """Put the pristine weight back: the same storage, so the same bits."""
@@ -243,11 +267,8 @@ class FuraLinear(nn.Module, BaseTunerLayer):
             return
         if self.owns_large_core:
             self.base_layer = self._set_aside
-        elif self.quantization_backend is not None:
-            self._set_aside.restore(self.get_base_layer())
         else:
-            weight = self.get_base_layer().weight
-            weight.data = self._set_aside.to(device=weight.device, dtype=weight.dtype)
+            self._set_aside.restore(self.get_base_layer())
         self._set_aside = None
         self.merged_adapters.clear()
 
@@ -282,6 +303,14 @@ class FuraLinear(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Not where PEFT, which asks the base layer how it stores its weight, would mistake it."""
+        if self.is_conv1d and self.owns_large_core:
+            warnings.warn(
+                f"{self.layer_name}: PEFT cannot convert the core form of a Conv1D to LoRA, since the Conv1D is gone; "
+                "train it in form='base', or merge_and_unload() it",
+                stacklevel=2,
+            )
+            return False
         return True  # get_delta_weight is additive
 
     # ---- forward
@@ -297,9 +326,7 @@ class FuraLinear(nn.Module, BaseTunerLayer):
             return self._core_forward(x, owner, adapted=bool(cores))
         if not cores:
             return self.base_layer(x, *args, **kwargs)
-        if torch.is_autocast_enabled(x.device.type):  # what the base layer would do itself, before our product
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return self._base_forward(x, cores, *args, **kwargs)
+        return self._base_forward(as_autocast(x), cores, *args, **kwargs)
 
     def _base_forward(self, x: torch.Tensor, cores: list[FuraCore], *args: Any, **kwargs: Any) -> torch.Tensor:
         base_layer = self.base_layer
@@ -325,8 +352,7 @@ class FuraLinear(nn.Module, BaseTunerLayer):
 
     def _core_forward(self, x: torch.Tensor, core: FuraCore, adapted: bool) -> torch.Tensor:
         dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = as_autocast(x)
         small = core.core(adapted)
         if core.large_core is None:
             large = self.base_layer
@@ -352,6 +378,8 @@ class FuraLinear(nn.Module, BaseTunerLayer):
             saved = state_dict.get(f"{prefix}fura_core.{name}.basis_v")
             if not self.owns_large_core or saved is None or core.basis_v.device.type == "meta":
                 continue  # an empty layer takes the large core that was saved with the basis
+            if f"{prefix}base_layer.weight" in state_dict:
+                continue  # so does one that a whole model's state is loaded into, whatever its own base weight
             if torch.equal(saved.to(core.basis_v), core.basis_v):
                 continue
             saved = saved.to(core.basis_v)
@@ -372,6 +400,27 @@ class FuraLinear(nn.Module, BaseTunerLayer):
         return "fura." + super().__repr__()
 
 
+class DenseWeight:
+    """A base weight set aside while another is merged in: the parameter itself, which other layers may share."""
+
+    def __init__(self, layer: FuraLinear) -> None:
+        self.parameter = layer.get_base_layer()._parameters.get("weight")
+        if self.parameter is None:
+            raise TypeError(
+                f"the weight of {layer.layer_name} is computed from others, which a merge would not change; call "
+                "torch.nn.utils.parametrize.remove_parametrizations on it before it is adapted"
+            )
+
+    @property
+    def dequantized(self) -> torch.Tensor:
+        return self.parameter.data
+
+    def restore(self, base_layer: nn.Module) -> None:
+        merged = base_layer.weight  # moved and cast with the model
+        self.parameter.data = self.parameter.data.to(device=merged.device, dtype=merged.dtype)
+        base_layer.weight = self.parameter
+
+
 class QuantizedWeight:
     """A quantized base weight set aside while another is merged in: its parameter, and bitsandbytes' 8-bit scales."""
 
@@ -387,6 +436,19 @@ class QuantizedWeight:
         if self.scales is not None:
             self.parameter.CB, self.parameter.SCB = self.parameter.data, self.scales
             base_layer.state.reset_grads()
+
+
+def is_offloaded(layer: nn.Module) -> bool:
+    """Whether accelerate keeps this layer's weights elsewhere between its forwards."""
+    return bool(getattr(getattr(layer, "_hf_hook", None), "offload", False))
+
+
+def as_autocast(x: torch.Tensor) -> torch.Tensor:
+    """x as autocast would hand it to a linear layer, which is what our products before that layer take."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:  # which autocast leaves alone
+        return x.to(torch.get_autocast_dtype(device_type))
+    return x
 
 
 def sum_updates(cores: list[FuraCore]) -> list[torch.Tensor]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, resolve_quantization_backend
-from peft.utils.other import get_pattern_key
+from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, get_quantization_kwargs
 from torch import nn
 from tqdm import tqdm
@@ -46,6 +48,7 @@ class FuraModel(BaseTuner):
             self._progress = progress
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         del self._progress
+        warn_of_what_is_left(model, self.peft_config[adapter_name], adapter_name)
 
     def _create_and_replace(
         self,
@@ -74,27 +77,26 @@ class FuraModel(BaseTuner):
         if hasattr(self, "_progress"):
             self._progress.update()
 
-    def _post_injection_hook(self, model: nn.Module, config: FuraConfig, adapter_name: str) -> None:
-        layers = [layer for layer in fura_layers(model) if adapter_name in layer.fura_core]
-        warn_of_dropped_directions(layers)
-        warn_of_fused_experts(model)
-        if fell_back := [layer.layer_name for layer in layers if layer.head_dim_fell_back]:
-            warnings.warn(
-                f"block_size='head' does not divide {len(fell_back)} layers, e.g. {fell_back[0]}; they have "
-                "block_size='auto'",
-                stacklevel=2,
-            )
-        for setting in ("block_size_pattern", "block_axis_pattern"):
-            names = [layer.layer_name for layer in layers]
-            unmatched = [key for key in getattr(config, setting) if not any(matches(key, name) for name in names)]
-            if unmatched:
-                warnings.warn(f"{setting} has keys that match no adapted module: {unmatched}", stacklevel=2)
-
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """PEFT makes 16-bit adapters float32; a `core_dtype` that was asked for stands."""
+        """PEFT makes 16-bit adapters float32, or keeps the base dtype; a `core_dtype` that was asked for stands."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
         if core_dtype := self.peft_config[adapter_name].core_dtype:
             restore_core_dtype(self.model, adapter_name, core_dtype)
+        elif not autocast_adapter_dtype:
+            for layer in fura_layers(self.model):
+                dtype = layer.get_base_layer().weight.dtype
+                if adapter_name in layer.fura_core and dtype.is_floating_point:
+                    layer.fura_core[adapter_name].to(dtype)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's hook around a forward, which drops `adapter_names` where a method does not ask for them."""
+        if (names := kwargs.get("adapter_names")) is not None:
+            raise ValueError(
+                f"adapter_names={names}: FuRA has no batches of mixed adapters; call set_adapter(...) and run the rows "
+                "of each adapter on their own"
+            )
+        yield
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
         """A new adapter whose update is the weighted sum of others': their block matrices combine exactly.
@@ -103,7 +105,7 @@ class FuraModel(BaseTuner):
 
         Raises:
             ValueError: where an adapter is unknown or the name taken, two have different blocks on a layer, or one is
-                in core form.
+                in core form or trains whole modules.
         """
         if len(adapters) != len(weights):
             raise ValueError(f"{len(adapters)} adapters but {len(weights)} weights; give one weight for each")
@@ -112,24 +114,32 @@ class FuraModel(BaseTuner):
         if adapter_name in self.peft_config:
             raise ValueError(f"there is an adapter {adapter_name!r} already; delete it first, or give another name")
         layers = [layer for layer in fura_layers(self.model) if not layer.fura_core.keys().isdisjoint(adapters)]
+        wholes = [module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper)]
+        if any(not whole.modules_to_save.keys().isdisjoint(adapters) for whole in wholes):
+            raise ValueError(
+                f"adapters {adapters} train whole modules too (modules_to_save), which have no blocks to combine; "
+                "combine adapters without modules_to_save"
+            )
         config = copy.deepcopy(self.peft_config[adapters[0]])
-        config.target_modules = {layer.layer_name for layer in layers}
+        # A name alone would be a suffix to PEFT, and match the layer of that name inside another module too.
+        config.target_modules = "|".join(re.escape(layer.layer_name) for layer in layers)
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+        config.bias = "none"  # trained biases are the model's own, whichever adapter is active
+        config.block_axis_pattern, config.block_size_pattern = {}, {}
         for layer in layers:
             layer.check_room(adapter_name, config)
             kinds = {(c.axis, c.block_size) for name, c in layer.fura_core.items() if name in adapters}
             if len(kinds) > 1:
                 raise ValueError(f"{layer.layer_name}: adapters {adapters} have different blocks {sorted(kinds)}")
-            [(config.block_axis_pattern[layer.layer_name], config.block_size_pattern[layer.layer_name])] = kinds
+            exactly = f"^{re.escape(layer.layer_name)}"
+            [(config.block_axis_pattern[exactly], config.block_size_pattern[exactly])] = kinds
         self.peft_config[adapter_name] = config
         self.inject_adapter(self.model, adapter_name)
         for layer in layers:
-            parts = [
-                weight * layer.fura_core[name].update()
-                for name, weight in zip(adapters, weights, strict=True)
-                if name in layer.fura_core
-            ]
-            layer.fura_core[adapter_name].fit(torch.stack(parts).sum(0))
+            held, mixed = layer.fura_core, layer.fura_core[adapter_name]
+            parts = [(held[name], weight) for name, weight in zip(adapters, weights, strict=True) if name in held]
+            mixed.to(parts[0][0].delta_r.dtype)
+            mixed.fit(torch.stack([weight * core.update() for core, weight in parts]).sum(0))
 
 
 def fura_layers(model: nn.Module) -> list[FuraLinear]:
@@ -159,6 +169,24 @@ def restore_core_dtype(model: nn.Module, adapter_name: str, core_dtype: str) -> 
         if adapter_name in layer.fura_core:
             for parameter in layer.fura_core[adapter_name].parameters():
                 parameter.data = parameter.data.to(getattr(torch, core_dtype))
+
+
+def warn_of_what_is_left(model: nn.Module, config: FuraConfig, adapter_name: str) -> None:
+    """Of every adapter, not by PEFT's hook after an injection, which it calls for the first alone."""
+    layers = [layer for layer in fura_layers(model) if adapter_name in layer.fura_core]
+    warn_of_dropped_directions(layers)
+    warn_of_fused_experts(model)
+    if fell_back := [layer.layer_name for layer in layers if layer.head_dim_fell_back]:
+        warnings.warn(
+            f"block_size='head' does not divide {len(fell_back)} layers, e.g. {fell_back[0]}; they have "
+            "block_size='auto'",
+            stacklevel=2,
+        )
+    for setting in ("block_size_pattern", "block_axis_pattern"):
+        names = [layer.layer_name for layer in layers]
+        unmatched = [key for key in getattr(config, setting) if not any(matches(key, name) for name in names)]
+        if unmatched:
+            warnings.warn(f"{setting} has keys that match no adapted module: {unmatched}", stacklevel=2)
 
 
 def warn_of_dropped_directions(layers: list[FuraLinear]) -> None:

@@ -19,14 +19,24 @@ class LargeCore(nn.Module):
     def __init__(self, weight: torch.Tensor, bias: nn.Parameter | None, quantize: str | None) -> None:
         super().__init__()
         self.quantize = quantize
-        self.compute_dtype, self.shape = weight.dtype, weight.shape
+        self.shape = weight.shape
+        self._dtype_of_codes = weight.dtype  # 4-bit codes have none that a cast of the model would change
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)
-        self.replace(weight)
+        self._store(weight)
         self._parameters["bias"] = bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nf4_linear(x, self.weight) if self.quantize else nn.functional.linear(x, self.weight)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the linear layer that this stands for: what was cast, or assigned from a state dict, is merged as cast."""
+        return self._dtype_of_codes if self.quantize else self.weight.dtype
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LargeCore:
+        self._dtype_of_codes = fn(torch.empty(0, dtype=self._dtype_of_codes)).dtype
+        return super()._apply(fn, recurse)
 
     def dense(self) -> torch.Tensor:
         """The large core as stored, dequantized where it is quantized."""
@@ -38,7 +48,9 @@ class LargeCore(nn.Module):
         Written past `register_parameter`, which PEFT redirects to the meta device under `low_cpu_mem_usage`: this is
         base-model data, which no adapter file will fill in.
         """
-        weight = weight.to(self.compute_dtype)
+        self._store(weight.to(self.compute_dtype))
+
+    def _store(self, weight: torch.Tensor) -> None:
         frozen = nf4_parameter(weight) if self.quantize else nn.Parameter(weight, requires_grad=False)
         self._parameters["weight"] = frozen
 

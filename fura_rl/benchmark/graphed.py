@@ -18,8 +18,8 @@ from fura_rl.benchmark.measure import Settings
 
 WARM_UPS = 3  # on the capturing stream, as `torch.cuda.make_graphed_callables` does: libraries set themselves up there
 REPLAYS = 8  # timed as one: they share the launch of a graph and the wait for its end, some 30 us on a virtual machine
-# Of a replay that is timed alone: 30 us are 1% of it, and eight in a row heat a GPU until its clock falls (the largest
-# frozen map took 13% longer than called).
+# Of the fastest replay where each is timed alone: 30 us are 1% of it, and eight in a row heat a GPU until its clock
+# falls (the largest frozen map took 13% longer than called).
 LONG_SECONDS = 3e-3
 
 
@@ -41,18 +41,24 @@ def interleaved_medians(
             if not isinstance(error, torch.OutOfMemoryError):
                 uncaptured.add(name)
             print(f"layer: {name} has no time as a CUDA graph: {str(error).splitlines()[0]}", flush=True)
-    counts = {name: replays_of(graph, settings) for name, graph in graphs.items()}
-    replays = {name: replayed(graph, counts[name]) for name, graph in graphs.items()}
+    count = replays_of(graphs, settings)
+    replays = {name: replayed(graph, count) for name, graph in graphs.items()}
     times = measure.interleaved_medians(replays, settings)
     del graphs, replays  # and with them the memory that each has to itself
     measure.release(settings.device)
-    return {name: times[name] / counts[name] if name in times else None for name in calls}
+    return {name: times[name] / count if name in times else None for name in calls}
 
 
-def replays_of(graph: torch.cuda.CUDAGraph, settings: Settings) -> int:
-    """How many replays of this graph are timed as one, by the median of three after the first, which uploads it."""
-    seconds = measure.interleaved_medians({"replay": graph.replay}, dataclasses.replace(settings, repeats=3))["replay"]
-    return 1 if seconds > LONG_SECONDS else REPLAYS
+def replays_of(graphs: dict[str, torch.cuda.CUDAGraph], settings: Settings) -> int:
+    """How many replays of a graph are timed as one: one number for all that are compared.
+
+    Else the launch, the wait and the clock that the replays before left would differ on the two sides of a ratio.
+
+    By the fastest, of whose time they are the largest part: its median of three after the first, which uploads it.
+    """
+    replays = {name: graph.replay for name, graph in graphs.items()}
+    seconds = measure.interleaved_medians(replays, dataclasses.replace(settings, repeats=3))
+    return 1 if min(seconds.values(), default=0.0) > LONG_SECONDS else REPLAYS
 
 
 def replayed(graph: torch.cuda.CUDAGraph, count: int) -> Callable[[], None]:
