@@ -201,6 +201,7 @@ class RemoteEngine:
         self._pids: list[int] = []
         self._heartbeat: Heartbeat | None = None
         self._last = Message(0, lambda: iter(()), None)
+        self._paused = False  # by this trainer, and not known to go on
 
     @property
     def dtype(self) -> torch.dtype:
@@ -247,15 +248,23 @@ class RemoteEngine:
         self.transport.call("fura_renew", owner=self.owner)
 
     def close(self) -> None:
-        """Give the engine back at once instead of at the end of the lease."""
+        """Give the engine back at once instead of at the end of the lease, and do not leave it paused."""
         if self._heartbeat is not None:
             self._heartbeat.stop()
             self._heartbeat = None
+        if self._paused:
+            with contextlib.suppress(EngineLostError, RemoteSyncError):
+                self._resume()
         if self._claim:
             self.transport.call("fura_release", owner=self.owner)
 
     def serves_last(self) -> bool:
-        """Whether every worker is the process that was claimed, answers, and holds the last version, unharmed."""
+        """Whether every worker is the process that was claimed, answers, and holds the last version, unharmed.
+
+        An engine that is paused does not: what it is asked for would wait until it goes on.
+        """
+        if self._paused:
+            return False
         try:
             replies = self.transport.call("fura_status")
         except EngineLostError:
@@ -373,8 +382,9 @@ class RemoteEngine:
 
     def _commit(self, info: dict[str, Any]) -> None:
         """Commit between two steps of the engine; workers that disagree afterwards are made to refuse to generate."""
+        self._paused = True
         self.transport.pause()
-        with finally_doing(self.transport.resume, f"{self.transport.address} could not be resumed"):
+        with finally_doing(self._resume, f"{self.transport.address} could not be resumed"):
             replies = self.transport.call("fura_update", info=info)
             failed = [reply for reply in replies if reply["error"]]
             if failed and len(failed) < len(replies):
@@ -382,6 +392,10 @@ class RemoteEngine:
         if failed:
             raise RemoteSyncError(f"{self.transport.address}: {failed[0]['error']}")
         self.transport.stamp(info["version"])
+
+    def _resume(self) -> None:
+        self.transport.resume()
+        self._paused = False
 
     def kernel_replies(self, spans: Mapping[str, Sequence[Span]]) -> list[dict[str, KernelReply]]:
         if not spans:
