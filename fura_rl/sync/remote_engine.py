@@ -42,6 +42,10 @@ class OwnedByAnotherError(RemoteSyncError):
     """The engine belongs to another trainer, whose lease runs."""
 
 
+class NotKeptError(RemoteSyncError):
+    """The last version was too large to be kept, so that an engine which serves it cannot be sent it again."""
+
+
 class EngineLostError(RuntimeError):
     """The engine was restarted or cannot be reached; it can be claimed and synced again."""
 
@@ -274,7 +278,8 @@ class RemoteEngine:
         )
 
     def restore(self, timeout: float) -> dict[str, float]:
-        """Bring an engine that was lost, restarted or changed back to the last version; waits for it to be up.
+        """Bring an engine that was lost, restarted or changed back to the last version; waits for it to be up.  Before
+        the first push there is none, and it is only claimed.
 
         Returns the seconds by phase of the delivery that arrived.
 
@@ -294,14 +299,27 @@ class RemoteEngine:
             time.sleep(0.5)
 
     def resend(self) -> None:
-        """Stage and commit the last version once more."""
+        """Stage and commit the last version once more.
+
+        Raises:
+            NotKeptError: where it was too large to be kept.
+        """
+        if not self._last.can_be_sent:
+            raise NotKeptError(
+                f"version {self._last.version} cannot be sent to {self.transport.address} again, since whole weights "
+                f"of more than {KEPT_BYTES / 2**30:g} GiB are not kept"
+            )
         self._deliver_last()
 
     def _deliver_last(self) -> dict[str, float]:
+        if not self._last.version:  # nothing was ever sent: the next push is the first
+            if self._paused:
+                self._resume()
+            return {}
         if not self._last.can_be_sent:
             raise EngineLostError(
-                f"{self.transport.address} lost its weights, and whole weights are not kept to be sent again: resume "
-                "from the last checkpoint"
+                f"{self.transport.address} lost its weights, and whole weights of more than {KEPT_BYTES / 2**30:g} GiB "
+                "are not kept to be sent again: resume from the last checkpoint"
             )
         return self._deliver(self._last)
 
