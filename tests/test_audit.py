@@ -201,6 +201,29 @@ def test_a_layer_that_was_answered_for_once_must_be_answered_for_again_and_whole
     assert stale_modules(audit.gains(Workers(torch.float32, (0, 16, 32), 2 * [newer]))) == []
 
 
+class AllBut(Workers):
+    """Of all the workers, the last `silent` do not answer."""
+
+    def __init__(self, silent, *args):
+        super().__init__(*args)
+        self.silent = silent
+
+    def kernel_replies(self, spans):
+        return super().kernel_replies(spans)[: -self.silent or None]
+
+
+@pytest.mark.parametrize(("bounds", "silent"), [((0, 32), 1), ((0, 16, 32), 1), ((0, 16, 32), 2)])
+def test_a_replica_that_falls_silent_is_noticed_though_another_one_answers_for_all(base, bounds, silent):
+    audit, new, shards = KernelAudit(), base + 0.01 * torch.randn_like(base), len(bounds) - 1
+    newer = new + 0.01 * torch.randn_like(base)
+    expect(audit, new, base)
+    audit.accept(audit.gains(Workers(torch.float32, bounds, *2 * [shards * [new]])))
+    expect(audit, newer, None)
+    replicas = 2 * [shards * [newer]]
+    assert stale_modules(audit.gains(AllBut(silent, torch.float32, bounds, *replicas))) == ["layer"]
+    assert stale_modules(audit.gains(AllBut(0, torch.float32, bounds, *replicas))) == []
+
+
 @pytest.mark.parametrize("bounds", [(0, 16, 32), (0, 8, 16, 24, 32), tuple(range(0, 33, 4)), (0, 11, 22, 32)])
 def test_one_stale_worker_of_those_that_share_the_columns_is_named(base, bounds):
     new, workers = base + 0.01 * torch.randn_like(base), len(bounds) - 1

@@ -5,12 +5,15 @@ import weakref
 
 import pytest
 import torch
+from torch import nn
 
 from fura_rl.sync import payload, remote_engine
-from fura_rl.sync.audit import VECTORS
+from fura_rl.sync.audit import VECTORS, probe_vectors
 from fura_rl.sync.engine import LazyFactors, Update
 from fura_rl.sync.factors import Factors
-from fura_rl.sync.remote_engine import EngineLostError, RemoteEngine, RemoteSyncError, Replicas
+from fura_rl.sync.probe import StaleEngineError
+from fura_rl.sync.remote_engine import EngineLostError, NotKeptError, RemoteEngine, RemoteSyncError, Replicas
+from fura_rl.sync.weight_sync import WeightSync
 
 WEIGHTS = 12
 CHUNK = 4096  # of two weights
@@ -27,7 +30,7 @@ class Worker:
 
     def __init__(self, faults=None):
         self.staged, self.served, self.version, self.owner = {}, {}, 0, None
-        self.commits = []
+        self.commits, self.paused = [], False
         self.faults = dict(faults or {})
 
     def call(self, method, info=None, **_):
@@ -43,6 +46,8 @@ class Worker:
             )
         if method == "fura_update" and info.get("commit"):
             self.call("commit")
+            if not self.staged:
+                return [self.status() | {"error": "never staged here"}]
             assert sorted(self.staged) == list(range(info["chunk_count"]))
             chunks = [payload.decode(*self.staged[index]) for index in sorted(self.staged)]
             self.served, self.version = {name: f for chunk in chunks for name, f in chunk.items()}, info["version"]
@@ -53,22 +58,29 @@ class Worker:
             if info["index"] == 0:
                 self.staged = {}
             self.staged[info["index"]] = base64.b64decode(info["source"]["inline"]), info["crc32"]
-        return [{"error": None, "pid": 1, "version": self.version, "owner": self.owner, "poisoned": None}]
+        return [self.status()]
+
+    def status(self):
+        return {"error": None, "pid": 1, "version": self.version, "owner": self.owner, "poisoned": None}
 
     def pause(self):
-        pass
+        self.paused = True
 
     def resume(self):
         self.call("resume")
+        self.paused = False
 
     def restart(self):
-        self.served, self.version, self.owner = {}, 0, None
+        self.staged, self.served, self.version, self.owner = {}, {}, 0, None
+        self.paused = False
 
     def stamp(self, version):
         self.call("stamp")
 
     def prompt_logprobs(self, token_ids):
         self.call("prompt_logprobs")
+        if self.paused:
+            raise EngineLostError("it did not answer in time")
         return torch.full((len(token_ids) - 1,), -float(self.version))
 
     def wait_until_up(self, timeout):
@@ -162,6 +174,61 @@ def test_a_lost_engine_is_brought_back_though_it_cannot_be_resumed(policy, caplo
     assert "could not be resumed: RemoteSyncError('refused')" in caplog.text
 
 
+def test_an_engine_that_was_committed_to_and_could_not_be_resumed_is_brought_back(policy):
+    worker = Worker({"resume": EngineLostError("gone")})
+    RemoteEngine(worker).push(policy.update())
+    assert policy.arrived_in(worker)
+    assert worker.commits == [1, 1]
+    assert not worker.paused
+
+
+@pytest.fixture
+def left_paused(policy, monkeypatch):
+    """An engine whose commit has arrived, and no word to go on since."""
+
+    def lost():
+        raise EngineLostError("the word to go on was lost")
+
+    worker = Worker()
+    worker.timeout = 0.1
+    engine = RemoteEngine(worker)
+    engine.prepare({}, {})
+    with monkeypatch.context() as cut_off:
+        cut_off.setattr(worker, "resume", lost)
+        with pytest.raises(EngineLostError, match="the word to go on was lost"):
+            engine.push(policy.update())
+    assert policy.arrived_in(worker)
+    assert worker.paused
+    return engine, worker
+
+
+def test_an_engine_that_is_left_paused_serves_nothing_until_it_is_restored(left_paused):
+    engine, worker = left_paused
+    assert not engine.serves_last()
+    engine.restore(5.0)
+    assert engine.serves_last()
+    assert not worker.paused
+
+
+def test_an_engine_is_not_given_back_paused(left_paused):
+    engine, worker = left_paused
+    engine.close()
+    assert not worker.paused
+
+
+def test_an_engine_lost_before_anything_was_sent_is_claimed_and_gets_the_policy_with_the_first_push(policy):
+    worker = Worker()
+    engine = RemoteEngine(worker)
+    engine.prepare({}, {})
+    worker.restart()
+    assert not engine.serves_last()
+    engine.restore(5.0)
+    assert engine.serves_last()
+    assert worker.commits == []
+    engine.push(policy.update())
+    assert policy.arrived_in(worker)
+
+
 def test_an_engine_that_was_started_again_since_the_commit_is_brought_back_before_its_answer_counts(policy):
     worker = Worker()
     engine = RemoteEngine(worker)
@@ -195,8 +262,50 @@ def test_a_version_that_is_not_kept_is_read_again_until_it_has_arrived_and_never
     assert policy.arrived_in(worker)
     assert WEIGHTS * CHUNK // 2 < push.payload_bytes < WEIGHTS * CHUNK, "counted once"
     policy.scale = 2.0  # a training step
-    with pytest.raises(EngineLostError, match="whole weights are not kept"):
+    with pytest.raises(NotKeptError, match=r"version 1 cannot be sent to the engine again.* GiB are not kept"):
         engine.resend()
+
+
+def test_an_engine_that_has_lost_what_is_not_kept_is_named_with_the_way_out(policy, too_large_to_keep):
+    worker = Worker()
+    engine = RemoteEngine(worker)
+    engine.prepare({}, {})
+    engine.push(policy.update())
+    worker.restart()
+    with pytest.raises(EngineLostError, match=r"the engine lost its weights, .* resume from the last checkpoint"):
+        engine.prompt_logprobs([1, 2, 3])
+
+
+class LeftBehind(Worker):
+    """Acknowledges every version and computes with the first."""
+
+    first = None
+
+    def call(self, method, info=None, spans=None, **_):
+        if method == "fura_replies":
+            return [{name: self.reply(name, spans[name]) for name in spans}]
+        answer = super().call(method, info)
+        self.first = self.first or self.served
+        return answer
+
+    def reply(self, name, spans):
+        weight = torch.cat([self.first[name].tensors["weight"][slice(*span)] for span in spans])
+        output = probe_vectors(weight.shape[1], weight.device) @ weight.mT
+        return [pack(output), pack(torch.ones_like(output)), 0.0]
+
+
+def test_a_stale_module_of_a_version_that_is_not_kept_is_named_as_such(monkeypatch):
+    monkeypatch.setattr(remote_engine, "KEPT_BYTES", 0)
+    model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False))
+    sync = WeightSync(model, RemoteEngine(LeftBehind()), [1, 2], probe_every=100, score=lambda *_: -torch.ones(1))
+    sync.sync()
+    with torch.no_grad():
+        model[1].weight.add_(0.1)
+    with pytest.raises(
+        StaleEngineError,
+        match=r"1 of 1 modules .* sent, once, and version 2 cannot be sent to the engine again, .*: 1\.weight \(gain",
+    ):
+        sync.sync()
 
 
 @pytest.mark.parametrize("fault", [RemoteSyncError("refused"), EngineLostError("gone")])

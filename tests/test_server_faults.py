@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 
 import pytest
 import torch
@@ -188,6 +189,56 @@ def test_a_server_that_comes_back_with_another_base_is_refused_by_name_and_then_
     assert not isinstance(report, Exception), report
     assert report.probe_max_gap < PARITY_NATS
     assert finished - up < RECOVERY_SECONDS
+
+
+def test_a_server_lost_before_anything_was_sent_is_claimed_again_and_gets_the_policy_with_the_first_sync(
+    rollout_server,
+):
+    policy = policy_of("fura", rollout_server.wait_until_up().model)
+    with closing(RolloutClient(rollout_server.url, connection_timeout=240.0)) as client:
+        sync = WeightSync(policy, client.engine, TOKENS, probe_every=1)
+        rollout_server.kill()
+        client.engine.restore(240.0)
+        assert client.engine.serves_last()
+        assert sync.sync().probe_max_gap < PARITY_NATS
+
+
+def test_a_server_killed_between_commit_and_resume_is_brought_back(trainer, rollout_server, monkeypatch):
+    policy, sync, client = trainer
+    resume = client.engine.transport.resume
+
+    def killed():
+        monkeypatch.undo()
+        rollout_server.kill()
+        resume()
+
+    perturb_trained(policy, 0.2, seed=5)
+    monkeypatch.setattr(client.engine.transport, "resume", killed)
+    assert sync.sync().probe_max_gap < PARITY_NATS
+    assert client.generate(PROMPTS, **SAMPLING)["completion_ids"]
+
+
+def test_a_server_left_paused_is_a_clear_error_in_time_and_goes_on_when_it_is_asked_again(
+    trainer, rollout_server, monkeypatch
+):
+    policy, sync, client = trainer
+    impatient = RolloutClient(rollout_server.url, connection_timeout=30.0)
+    impatient.engine = client.engine
+    monkeypatch.setattr(client.engine.transport, "timeout", 5.0)
+
+    def lost():
+        raise EngineLostError("the word to go on was lost")
+
+    perturb_trained(policy, 0.2, seed=6)
+    started = time.monotonic()
+    with monkeypatch.context() as cut_off:
+        cut_off.setattr(client.engine.transport, "resume", lost)
+        with pytest.raises(EngineLostError, match="the word to go on was lost"):
+            sync.sync()
+    assert time.monotonic() - started < RECOVERY_SECONDS
+    output = impatient.generate(PROMPTS, **SAMPLING)
+    assert impatient.resampled_batches == 0
+    assert sampled_from(policy, output, PROMPTS, SAMPLING["n"]) < PARITY_NATS
 
 
 @pytest.mark.parametrize("during", ["rollouts", "evaluation", "sync"])

@@ -235,3 +235,71 @@ def test_a_module_that_could_not_be_filled_computes_what_it_did_from_where_it_di
     assert module.weight.data_ptr() == address
     assert report.probe_max_gap < tolerance
     assert report.audit_gain_min == pytest.approx(1.0, abs=0.3)
+
+
+def test_a_bias_is_as_it_was_where_its_module_could_not_be_filled(gpt2, monkeypatch):
+    """A bias is no tensor that is rebuilt, so it is filled live."""
+    engine, folder = gpt2
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), FuraConfig(target_modules=["c_attn"]))
+    sync = WeightSync(policy, engine, PROBE, probe_every=1)
+    sync.sync(everything=True)  # the engine is shared between tests
+    name = "transformer.h.1.mlp.c_fc"
+    bias = engine.model.modules[name].bias
+    before, fill = bias.clone(), vllm_model.fill
+
+    def full(region, *args):
+        fill(region, *args)
+        if region.name == f"{name}.bias":
+            raise MemoryError("out of memory in a fold")
+
+    policy.get_base_model().get_submodule(name).bias.data.add_(1.0)
+    monkeypatch.setattr(vllm_model, "fill", full)
+    with pytest.raises(MemoryError):
+        sync.sync(everything=True)
+    assert torch.equal(bias, before)
+    monkeypatch.undo()
+    assert sync.sync(everything=True).probe_max_gap < PARITY_NATS
+    assert torch.allclose(bias, before + 1.0)
+
+
+def not_packed(engine, monkeypatch):
+    """A module whose packed weight is gone when the new one cannot be made."""
+
+    def no_room(module):
+        raise MemoryError("no room for the packed weight")
+
+    method = engine.model.modules["model.layers.1.self_attn.o_proj"].quant_method
+    monkeypatch.setattr(method, "process_weights_after_loading", no_room)
+
+
+def half_filled(engine, monkeypatch):
+    """A weight that is written in place, as all of them are on a GPU."""
+    fill = vllm_model.fill
+
+    def half_way(region, parameter, *args):
+        if region.name == "model.layers.1.post_attention_layernorm.weight":
+            parameter.data[:32] = 0.0
+            raise MemoryError("out of memory in a fold")
+        fill(region, parameter, *args)
+
+    monkeypatch.setattr(vllm_model, "fill", half_way)
+
+
+@pytest.mark.parametrize("fault", [not_packed, half_filled])
+def test_what_a_failed_write_has_begun_is_mended_by_the_next_one_that_succeeds_whatever_it_is_for(
+    dense, monkeypatch, fault
+):
+    """Without adapters on those modules, the next sync has nothing for them."""
+    engine, folder = dense
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    policy = get_peft_model(model, peft_config_for("fura", ModelConfig(), ["up_proj"], None))
+    sync = WeightSync(policy, engine, PROBE, probe_every=1)
+    sync.sync(everything=True)  # the engine is shared between tests
+    perturb_trained(policy, 0.1, seed=0)
+    fault(engine, monkeypatch)
+    with pytest.raises(MemoryError):
+        sync.sync(everything=True)
+    with pytest.raises(PoisonedEngineError):
+        engine.model.model(None)
+    monkeypatch.undo()
+    assert sync.sync().probe_max_gap < PARITY_NATS

@@ -82,7 +82,7 @@ class KernelAudit:
     _spans: dict[str, list[Span]] = field(default_factory=dict)
     _roundings: dict[str, float] = field(default_factory=dict)
     _judged: dict[str, torch.Tensor] = field(default_factory=dict)  # the numbers that the last gains are of
-    _answered: set[str] = field(default_factory=set)  # weights whose whole reply the engine has given
+    _answered: dict[str, int] = field(default_factory=dict)  # the most whole copies of a reply ever given
 
     def expect(
         self,
@@ -133,9 +133,10 @@ class KernelAudit:
         """The gain of every layer whose update is large enough to be seen through the engine's rounding.
 
         Of a weight that several workers or replicas hold, the worst; a worker whose own part has moved too little to
-        be seen is left out, and so is a weight that no kernel multiplies by.  One that was answered for whole once and
-        is so no longer has a gain that is no number: nothing is known of it.  The update is one of so many `syncs`:
-        what misses one of them is nearer to 1 by as much, so that an update must be as much larger to be judged by.
+        be seen is left out, and so is a weight that no kernel multiplies by.  One that is answered for whole less often
+        than it once was, by a replica less, has a gain that is no number: nothing is known of that one.  The update is
+        one of so many `syncs`: what misses one of them is nearer to 1 by as much, so that an update must be as much
+        larger to be judged by.
         """
         self._expected, self._previous = on_host(self._expected), on_host(self._previous)
         eps = torch.finfo(engine.dtype).eps
@@ -145,9 +146,9 @@ class KernelAudit:
         gains: dict[str, list[float]] = {name: [] for name in due}
         for names in grouped(due, lambda name: (self._expected[name].shape, len(shares[name]))):
             gains |= zip(names, self._judge(names, [shares[name] for name in names], eps, syncs), strict=True)
-        answered = {name for name in due if answers_for_all(shares[name])}
-        gains |= {name: [math.nan] for name in due if name in self._answered - answered}
-        self._answered |= answered
+        copies = {name: whole_copies(shares[name]) for name in due}
+        gains |= {name: [math.nan] for name in due if copies[name] < self._answered.get(name, 0)}
+        self._answered |= {name: max(copies[name], self._answered.get(name, 0)) for name in due}
         return {name: worst(found) for name, found in gains.items() if found}
 
     def _due(self, eps: float, syncs: int) -> list[str]:
@@ -229,9 +230,10 @@ def complete_replies(shares: list[KernelReply]) -> list[tuple[torch.Tensor, torc
     return complete
 
 
-def answers_for_all(shares: list[KernelReply]) -> bool:
-    """Whether the workers' shares of one weight's reply cover every number of it."""
-    return bool(shares) and bool((sum(share.covered for share in shares) > 1 - 1e-3).all())
+def whole_copies(shares: list[KernelReply]) -> int:
+    """How many times the workers' shares of one weight's reply cover every number of it."""
+    covered = sum(share.covered for share in shares)
+    return int((covered + 1e-3).min()) if shares else 0  # a sum of fractions
 
 
 def worst(gains: Iterable[float]) -> float:

@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from fura_rl.adapters.fura_layer import FuraLinear
 from fura_rl.adapters.quantized import holds_packed_weight
-from fura_rl.sync.factors import Factors
+from fura_rl.sync.factors import Factors, Span
 from fura_rl.sync.sharding import by_rows, whole
 
 # Starts of LoRA that move the base weight: the engine's checkpoint has the weight from before
@@ -46,17 +46,25 @@ def lora_factors(layer: LoraLayer, names: list[str]) -> Factors | None:
     transposed = getattr(layer, "fan_in_fan_out", False)
     if not set(names) <= set(layer.lora_A) or transposed or (variants and (not dora or len(names) > 1)):
         return None
+    if not dora:
+        return Factors("low_rank", low_rank_product(layer, names))
+    product: dict[str, torch.Tensor] = {}
+
+    def norms(base: torch.Tensor, rows: Span) -> torch.Tensor:
+        product.update(low_rank_product(layer, names))  # in here: a process that fails before it would gather nothing
+        return torch.addmm(base.float(), product["up"][slice(*rows)], product["down"]).norm(dim=1)
+
+    norm = by_rows(layer.get_base_layer().weight, norms)
+    magnitude = _float(layer.lora_magnitude_vector[names[0]].weight)
+    return Factors("scaled_low_rank", product | {"scale": magnitude / norm})
+
+
+def low_rank_product(layer: LoraLayer, names: list[str]) -> dict[str, torch.Tensor]:
+    """`up` (out, r) and `down` (r, in), whose product is the sum of s B A over the adapters `names`."""
     ups = [layer.scaling[name] * _float(layer.lora_B[name].weight) for name in names]
     downs = [_float(layer.lora_A[name].weight) for name in names]
     up, down = (ups[0], downs[0]) if len(names) == 1 else (torch.cat(ups, dim=1), torch.cat(downs))
-    if not dora:
-        return Factors("low_rank", {"up": up, "down": down})
-    norm = by_rows(
-        layer.get_base_layer().weight,
-        lambda base, rows: torch.addmm(base.float(), up[slice(*rows)], down).norm(dim=1),
-    )
-    magnitude = _float(layer.lora_magnitude_vector[names[0]].weight)
-    return Factors("scaled_low_rank", {"up": up, "down": down, "scale": magnitude / norm})
+    return {"up": up, "down": down}
 
 
 def hira_factors(layer: HiraLayer, names: list[str]) -> Factors | None:

@@ -42,6 +42,10 @@ class OwnedByAnotherError(RemoteSyncError):
     """The engine belongs to another trainer, whose lease runs."""
 
 
+class NotKeptError(RemoteSyncError):
+    """The last version was too large to be kept, so that an engine which serves it cannot be sent it again."""
+
+
 class EngineLostError(RuntimeError):
     """The engine was restarted or cannot be reached; it can be claimed and synced again."""
 
@@ -201,6 +205,7 @@ class RemoteEngine:
         self._pids: list[int] = []
         self._heartbeat: Heartbeat | None = None
         self._last = Message(0, lambda: iter(()), None)
+        self._paused = False  # by this trainer, and not known to go on
 
     @property
     def dtype(self) -> torch.dtype:
@@ -251,15 +256,23 @@ class RemoteEngine:
         self.transport.call("fura_renew", owner=self.owner)
 
     def close(self) -> None:
-        """Give the engine back at once instead of at the end of the lease."""
+        """Give the engine back at once instead of at the end of the lease, and do not leave it paused."""
         if self._heartbeat is not None:
             self._heartbeat.stop()
             self._heartbeat = None
+        if self._paused:
+            with contextlib.suppress(EngineLostError, RemoteSyncError):
+                self._resume()
         if self._claim:
             self.transport.call("fura_release", owner=self.owner)
 
     def serves_last(self) -> bool:
-        """Whether every worker is the process that was claimed, answers, and holds the last version, unharmed."""
+        """Whether every worker is the process that was claimed, answers, and holds the last version, unharmed.
+
+        An engine that is paused does not: what it is asked for would wait until it goes on.
+        """
+        if self._paused:
+            return False
         try:
             replies = self.transport.call("fura_status")
         except EngineLostError:
@@ -269,7 +282,8 @@ class RemoteEngine:
         )
 
     def restore(self, timeout: float) -> dict[str, float]:
-        """Bring an engine that was lost, restarted or changed back to the last version; waits for it to be up.
+        """Bring an engine that was lost, restarted or changed back to the last version; waits for it to be up.  Before
+        the first push there is none, and it is only claimed.
 
         Returns the seconds by phase of the delivery that arrived.
 
@@ -289,14 +303,27 @@ class RemoteEngine:
             time.sleep(0.5)
 
     def resend(self) -> None:
-        """Stage and commit the last version once more."""
+        """Stage and commit the last version once more.
+
+        Raises:
+            NotKeptError: where it was too large to be kept.
+        """
+        if not self._last.can_be_sent:
+            raise NotKeptError(
+                f"version {self._last.version} cannot be sent to {self.transport.address} again, since whole weights "
+                f"of more than {KEPT_BYTES / 2**30:g} GiB are not kept"
+            )
         self._deliver_last()
 
     def _deliver_last(self) -> dict[str, float]:
+        if not self._last.version:  # nothing was ever sent: the next push is the first
+            if self._paused:
+                self._resume()
+            return {}
         if not self._last.can_be_sent:
             raise EngineLostError(
-                f"{self.transport.address} lost its weights, and whole weights are not kept to be sent again: resume "
-                "from the last checkpoint"
+                f"{self.transport.address} lost its weights, and whole weights of more than {KEPT_BYTES / 2**30:g} GiB "
+                "are not kept to be sent again: resume from the last checkpoint"
             )
         return self._deliver(self._last)
 
@@ -377,8 +404,9 @@ class RemoteEngine:
 
     def _commit(self, info: dict[str, Any]) -> None:
         """Commit between two steps of the engine; workers that disagree afterwards are made to refuse to generate."""
+        self._paused = True
         self.transport.pause()
-        with finally_doing(self.transport.resume, f"{self.transport.address} could not be resumed"):
+        with finally_doing(self._resume, f"{self.transport.address} could not be resumed"):
             replies = self.transport.call("fura_update", info=info)
             failed = [reply for reply in replies if reply["error"]]
             if failed and len(failed) < len(replies):
@@ -386,6 +414,10 @@ class RemoteEngine:
         if failed:
             raise RemoteSyncError(f"{self.transport.address}: {failed[0]['error']}")
         self.transport.stamp(info["version"])
+
+    def _resume(self) -> None:
+        self.transport.resume()
+        self._paused = False
 
     def kernel_replies(self, spans: Mapping[str, Sequence[Span]]) -> list[dict[str, KernelReply]]:
         if not spans:

@@ -89,16 +89,30 @@ def local_rows(tensor: torch.Tensor) -> Span:
 def by_rows(tensor: torch.Tensor, compute: Callable[[torch.Tensor, Span], torch.Tensor]) -> torch.Tensor:
     """One value (rows,) for every row of `tensor`: `compute(piece, span)` of the rows held here, then gathered.
 
-    Only the values cross where the tensor is cut by rows, else the tensor itself.  Collective for a sharded one.
+    Only the values, in float32, cross where the tensor is cut by rows, else the tensor itself.  Collective for a
+    sharded one: a process in which `compute` fails takes part in the gather, where the others wait for it, with a mark
+    beside every value that it owes.
+
+    Raises:
+        PeerFailedError: where `compute` failed in another process.
     """
-    first, last = local_rows(tensor)
     if not isinstance(tensor, DTensor) or not any(placement == Shard(0) for placement in tensor.placements):
         return compute(whole(tensor), (0, whole_shape(tensor)[0]))
-    values = compute(local(tensor), (first, last))
-    pieces = DTensor.from_local(
-        values, tensor.device_mesh, tensor.placements, shape=torch.Size([tensor.shape[0]]), stride=(1,)
-    )
-    return pieces.full_tensor()
+    piece = local(tensor)
+    marked = torch.zeros(piece.shape[0], 2, device=piece.device)
+    failure: Exception | None = None
+    try:
+        marked[:, 0] = compute(piece, local_rows(tensor))
+    except Exception as error:
+        failure, marked[:, 1] = error, 1.0
+    shape = torch.Size([tensor.shape[0], 2])
+    pieces = DTensor.from_local(marked, tensor.device_mesh, tensor.placements, shape=shape, stride=(2, 1))
+    values, owed = pieces.full_tensor().unbind(1)
+    if failure is not None:
+        raise failure
+    if owed.any():
+        raise PeerFailedError("another process of the trainer could not compute its rows")
+    return values
 
 
 def several_processes() -> bool:
@@ -132,9 +146,11 @@ def failing_together() -> Iterator[None]:
     except Exception as error:
         failure = error
     if several_processes():
-        words = of_every_process(None if failure is None else f"{type(failure).__name__}: {failure}")
-        failed = [(rank, text) for rank, text in enumerate(words) if text is not None]
-        if failure is None and failed:
-            raise PeerFailedError(f"process {failed[0][0]} of the trainer failed: {failed[0][1]}")
+        heard = isinstance(failure, PeerFailedError)  # of a failure for which another process has the words
+        own = None if failure is None else (heard, dist.get_rank(), f"{type(failure).__name__}: {failure}")
+        failed = [one for one in of_every_process(own) if one is not None]
+        if failed and (failure is None or heard):
+            _, rank, words = min(failed)
+            raise PeerFailedError(f"process {rank} of the trainer failed: {words}")
     if failure is not None:
         raise failure

@@ -36,7 +36,7 @@ PRIVATE_NAMES = {
         "_copy_and_restore_kernel_tensors", "_place_kernel_tensors",
     ),
     "vllm.model_executor.model_loader.reload.meta": ("restore_layer_on_meta", "materialize_layer"),
-    "vllm.model_executor.model_loader.reload.utils": ("get_layer_params_buffers",),
+    "vllm.model_executor.model_loader.reload.utils": ("get_layer_params_buffers", "get_layer_tensors"),
 }  # fmt: skip
 
 
@@ -96,6 +96,7 @@ class LiveModel:
     regions: dict[str, list[Region]] = field(default_factory=dict)  # engine module -> what lies in it
     owners: dict[str, list[str]] = field(default_factory=dict)  # checkpoint tensor -> engine modules that hold it
     poisoned: str | None = None  # why the weights are torn
+    torn: set[str] = field(default_factory=set)  # engine modules of which writes that failed have begun to write
 
     def __post_init__(self) -> None:
         check_layout()
@@ -148,18 +149,22 @@ class LiveModel:
 
         `read(name)` reads slices of a base weight, on this model's device.  `generator(name)` draws the stochastic
         rounding of one tensor, None for rounding to nearest.  An exception leaves the engine poisoned: it refuses to
-        generate until a write succeeds.
+        generate until a write succeeds, which also writes the base's values where a failed one has begun and `updates`
+        holds nothing.
 
         Raises:
             KeyError: for a tensor that no parameter of the engine takes, before anything is written.
         """
         self.check_places(updates)
-        by_module = {m: None for name in updates for m in self.owners[name]}
+        torn = frozenset(self.torn)
+        by_module = {m: None for name in updates for m in self.owners[name]} | dict.fromkeys(sorted(torn))
         self.poisoned = "a weight sync was interrupted while it wrote"
         with self.context():
             for module_name in by_module:
-                self._write_module(module_name, updates, read, generator)
+                self.torn.add(module_name)
+                self._write_module(module_name, updates, read, generator, module_name in torn)
             self._repack_tied_head(by_module)
+        self.torn.clear()
         self.poisoned = None
 
     def _write_module(
@@ -168,19 +173,22 @@ class LiveModel:
         updates: Mapping[str, Factors],
         read: Callable[[str], Read],
         generator: Callable[[str], torch.Generator | None],
+        torn: bool,
     ) -> None:
+        """Write what one module has of `updates`; where it is `torn` or not in checkpoint layout, the rest of it as
+        well, as it is in the base."""
         module, regions = self.modules[module_name], self.regions[module_name]
         if is_in_checkpoint_layout(module, regions):
             for region in regions:
-                if region.name in updates:
-                    fill(region, getattr(module, region.parameter), updates[region.name], read, generator)
+                if torn or region.name in updates:
+                    fill(region, getattr(module, region.parameter), asked(updates, region.name), read, generator)
             return
         matrix = next((region.name for region in regions if region.parameter == "weight"), regions[0].name)
         known = {matrix: asked(updates, matrix)}
         with rebuilt(module, by_columns=packs_faster_by_columns(module, regions, known[matrix])):
             for region in regions:
                 factors = known.pop(region.name) if region.name in known else asked(updates, region.name)
-                fill(region, getattr(module, region.parameter), factors, read, generator if factors else lambda _: None)
+                fill(region, getattr(module, region.parameter), factors, read, generator)
 
     def _repack_tied_head(self, written: Iterable[str]) -> None:
         """Rebuild the kernel of an output head that shares a tensor just written: on CPU it computes from a copy."""
@@ -512,20 +520,25 @@ def rebuilt(module: nn.Module, by_columns: bool = False) -> Any:
     """The module in checkpoint layout, uninitialised, to be filled; packed again into its kernel's tensors afterwards.
 
     With `by_columns` its weight lies in memory as its transpose.  Where filling it fails, the module is put together as
-    it was, its kernel's tensors in their storage, which CUDA graphs read.
+    it was, its kernel's tensors in their storage, which CUDA graphs read.  Where packing it fails, a CPU's packed
+    weight is gone: to keep it until the new one is made would take its memory twice.  The module then computes nothing
+    until it is rebuilt, which the next `LiveModel.write` does.
     vLLM's own steps for one layer of a reload.  One layer's worth of memory; on CPU glibc finds no place for an aligned
     block in the hole that one of its size left, so the heap grows by several (0.5 GB at 0.6B parameters).  To return
     each hole at once by `malloc_trim` keeps it to 70 MB and doubles the time of the fold, in page faults.
     """
     from vllm.model_executor.model_loader.reload import layerwise, meta
-    from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffers
+    from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffers, get_layer_tensors
 
     info = layerwise.get_layerwise_info(module)
     info.kernel_tensors = get_layer_params_buffers(module)
     info.kernel_non_persistent_buffers = set(module._non_persistent_buffers_set)
     processed = {name: vars(module)[name] for name in (PROCESSED,) if name in vars(module)}
+    in_place: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
         meta.restore_layer_on_meta(module, info)
+        # vLLM leaves a bias where it is, to be filled live
+        in_place = [(t, t.data.clone()) for t in get_layer_tensors(module).values() if not t.is_meta]
         meta.materialize_layer(module, info)
         if by_columns:
             module.weight.data = torch.empty_like(module.weight.mT, memory_format=torch.contiguous_format).mT
@@ -541,6 +554,8 @@ def rebuilt(module: nn.Module, by_columns: bool = False) -> Any:
     except BaseException:
         layerwise._place_kernel_tensors(module, info)
         vars(module).update(processed)
+        for tensor, before in in_place:
+            tensor.data.copy_(before)
         raise
     finally:
         info.reset()

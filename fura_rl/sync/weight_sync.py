@@ -23,7 +23,7 @@ from fura_rl.sync.factors import Factors
 from fura_rl.sync.fingerprint import Sample, base_sample
 from fura_rl.sync.fold import BaseSlices, CheckpointWeight, checkpoint_weights
 from fura_rl.sync.fold_rules import shifts_its_base, small_factors
-from fura_rl.sync.remote_engine import Follower
+from fura_rl.sync.remote_engine import Follower, NotKeptError
 from fura_rl.sync.rounding import ROUNDINGS
 from fura_rl.sync.sharding import decided_by_the_first, failing_together, gathered, is_piece, local
 from fura_rl.sync.shared_audit import SharedKernels, worst_gains
@@ -319,7 +319,7 @@ class WeightSync:
         Where the audit is `shared`, collective and with the same outcome in every process.
 
         Raises:
-            StaleEngineError: naming the modules that did not take their weights twice.
+            StaleEngineError: naming the modules that did not take their weights twice, or once where they are not kept.
         """
         self._expect_of_experts()
         kernels = SharedKernels(self.engine) if shared else self.engine
@@ -328,7 +328,10 @@ class WeightSync:
         gains = worst_gains(own) if shared else own
         if stale := stale_modules(gains, syncs):
             logger.warning("weight sync: %s did not take the new weights; sending them once more", ", ".join(stale))
-            kernels.resend()
+            try:
+                kernels.resend()
+            except NotKeptError as error:
+                raise probe.StaleEngineError(stale_message(stale, gains, syncs, f"once, and {error}")) from error
             own = self.audit.gains(kernels, syncs)
             gains = worst_gains(own) if shared else own
         if stale := stale_modules(gains, syncs):
@@ -353,7 +356,7 @@ class WeightSync:
         return gap
 
 
-def stale_message(stale: list[str], gains: dict[str, float], syncs: int) -> str:
+def stale_message(stale: list[str], gains: dict[str, float], syncs: int, sent: str = "twice") -> str:
     shown = ", ".join(f"{name} (gain {gains[name]:.2f})" for name in stale[:8])
     more = f" and {len(stale) - 8} more" if len(stale) > 8 else ""
     before = "the sync before" if syncs == 1 else f"one of the {syncs} syncs before, which were not audited"
@@ -364,7 +367,7 @@ def stale_message(stale: list[str], gains: dict[str, float], syncs: int) -> str:
     )
     return (
         f"weight sync failed its audit: {len(stale)} of {len(gains)} modules do not compute with the weights they were "
-        f"sent, twice: {shown}{more}. Gain 1 is fresh, 0 stale, nan no finite answer. Likely cause: {cause}. Rollouts "
+        f"sent, {sent}: {shown}{more}. Gain 1 is fresh, 0 stale, nan no finite answer. Likely cause: {cause}. Rollouts "
         "would come from another policy than the one trained, so the run stops here"
     )
 
