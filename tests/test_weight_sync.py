@@ -444,6 +444,46 @@ def test_a_server_is_told_by_any_weight_that_the_policy_does_not_adapt(tied_chec
         assert engine.different == ([] if changed is None else [changed])
 
 
+def base_policy(folder, dtype=torch.float32, adapter="lora", adapter_kwargs=None, quantization=None):
+    from transformers import BitsAndBytesConfig
+
+    loading = {"quantization_config": BitsAndBytesConfig(**quantization)} if quantization else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **loading)
+    return get_peft_model(model, peft_config_for(adapter, ModelConfig(), ["q_proj", "v_proj"], adapter_kwargs))
+
+
+def differences(policy, folder, tensors):
+    save_file(tensors, folder / "m.safetensors")
+    engine = OwnBase(folder)
+    WeightSync(policy, engine, PROBE)
+    return engine.different
+
+
+NOT_THE_CHECKPOINTS = {
+    "QLoRA": (torch.float32, "lora", None, NF4),
+    "QDoRA": (torch.float32, "dora", None, NF4),
+    "FuRA on a 4-bit base": (torch.bfloat16, "fura", None, NF4),
+    "FuRA on an 8-bit base": (torch.float32, "fura", None, {"load_in_8bit": True}),
+    "LoRA on an 8-bit base": (torch.float32, "lora", None, {"load_in_8bit": True}),
+    "QFuRA": (torch.float32, "fura", {"form": "core", "quantize_core": "nf4"}, None),
+    "core form": (torch.float32, "fura", {"form": "core"}, None),
+    "core form in bfloat16": (torch.bfloat16, "fura", {"form": "core"}, None),
+}
+
+
+@pytest.mark.parametrize("case", NOT_THE_CHECKPOINTS)
+def test_a_policy_that_holds_a_weight_otherwise_than_its_checkpoint_fits_a_server_of_it(
+    case, untied_checkpoint, tmp_path
+):
+    """The rest, which it holds as it was loaded, tells the base all the same."""
+    policy = base_policy(untied_checkpoint, *NOT_THE_CHECKPOINTS[case])
+    tensors = load_file(untied_checkpoint / "model.safetensors")
+    assert differences(policy, tmp_path, tensors) == []
+    for told in ("model.embed_tokens.weight", "model.layers.1.input_layernorm.weight", "lm_head.weight"):
+        changed = {name: w * 1.01 if name == told else w for name, w in tensors.items()}
+        assert differences(policy, tmp_path, changed) == [told]
+
+
 def test_an_engine_of_another_layout_is_refused_with_the_versions_read():
     with pytest.raises(RuntimeError, match=r"fura_rl reads vLLM 0\.31.*VLLM_ENABLE_V1_MULTIPROCESSING=0"):
         find_model_runner(object())

@@ -155,14 +155,16 @@ class WeightSync:
         """A few numbers of every base weight at hand, which the engine's own must have as well: what is adapted is
         folded from it, what is not is served from it.
 
-        Left out is what no longer has, or never had, the checkpoint's value: fully trained, or quantized.
+        Left out is what no longer has, or never had, the checkpoint's value: fully trained, quantized, or made into a
+        large core.  Nothing is lost by that, since an engine serves none of those from its checkpoint: they are sent
+        whole.  Of a policy that holds every linear layer so, the embeddings and norms still tell the base.
         """
         if self.engine.reads_the_trainers_base or self.follows:
             return {}
         return {
             name: base_sample(self._checkpoint_read(weight), weight.local_rows, (*weight.shape, 1)[1])
             for name, weight in self.weights.items()
-            if len(weight.shape) < 3 and (weight.layer is not None or (not weight.trained and weight.quantized is None))
+            if len(weight.shape) < 3 and weight.holds_the_checkpoints
             if weight.local_rows[0] < weight.local_rows[1]
         }
 
