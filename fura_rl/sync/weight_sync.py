@@ -162,7 +162,12 @@ class WeightSync:
         if self.engine.reads_the_trainers_base or self.follows:
             return {}
         return {
-            name: base_sample(self._checkpoint_read(weight), weight.local_rows, (*weight.shape, 1)[1])
+            name: base_sample(
+                self._checkpoint_read(weight),
+                weight.local_rows,
+                (*weight.shape, 1)[1],
+                moved=weight.read_local() if name in self._starts else None,
+            )
             for name, weight in self.weights.items()
             if len(weight.shape) < 3 and weight.holds_the_checkpoints
             if weight.local_rows[0] < weight.local_rows[1]
