@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -177,9 +176,8 @@ class WeightSync:
         """Bring the engine to the policy's current weights.
 
         With `everything`, unadapted weights are sent too: for an engine whose memory was discarded while it slept.
-        The first sync also sends every weight that the policy holds quantized and the engine in 16 bits.  Beside a
-        trained stack of experts go the others of its module: an engine rebuilds that whole, and its own checkpoint
-        holds experts one by one, under other names.
+        The first sync also sends every weight that the policy holds quantized and the engine in 16 bits.  Some go along
+        every time, see `_sent_along`.
 
         Raises:
             FloatingPointError: where a trained parameter is not finite; the engine keeps the weights it has.
@@ -189,14 +187,11 @@ class WeightSync:
         self.weights = self._current_weights()
         with failing_together():
             refuse_non_finite(self.weights.values())
-        stacks = self._modules_of_trained_stacks()
+        along = self._sent_along()
         chosen = [
             weight
             for weight in self.weights.values()
-            if everything
-            or weight.trained
-            or (self._first and weight.quantized is not None)
-            or weight.module_name in stacks
+            if everything or weight.trained or (self._first and weight.quantized is not None) or weight.name in along
         ]
         # of a policy in pieces every process audits the rows it holds, else the one that speaks to the engine all
         shared = any(is_piece(weight.parameter) for weight in self.weights.values())
@@ -240,11 +235,24 @@ class WeightSync:
             update_cosine=watch.cosine.value() if watch.all_bases_kept and not self.follows else None,
         )
 
-    def _modules_of_trained_stacks(self) -> set[str]:
-        """The modules of trained experts that an engine cannot read from its checkpoint."""
+    def _sent_along(self) -> set[str]:
+        """What an engine writes whenever it writes a trained weight, and cannot read from its own checkpoint.
+
+        An engine rebuilds a module whole.  Its checkpoint holds experts one by one, under other names than the stacks
+        of the policy, and in the place of a quantized layer the layer from before.  Which layers an engine makes one
+        module of (q, k, v; gate, up) is its own business: they lie beside each other in one submodule of the policy.
+        """
         if self.engine.reads_the_trainers_base:
             return set()
-        return {weight.module_name for weight in self.weights.values() if weight.trained and len(weight.shape) == 3}
+        trained = [weight for weight in self.weights.values() if weight.trained]
+        stacks = {weight.module_name for weight in trained if len(weight.shape) == 3}
+        parents = {parent_of(weight.module_name) for weight in trained}
+        return {
+            name
+            for name, weight in self.weights.items()
+            if weight.module_name in stacks
+            or (weight.quantized is not None and parent_of(weight.module_name) in parents)
+        }
 
     def _push(self, chosen: list[CheckpointWeight], watch: UpdateWatch, shared: bool) -> Push:
         """Hand `chosen` to the engine, noting what each of its kernels must compute afterwards."""
@@ -346,6 +354,10 @@ class WeightSync:
                 )
         self._previous_logprobs = trainer
         return gap
+
+
+def parent_of(module_name: str) -> str:
+    return module_name.rpartition(".")[0]
 
 
 def stale_message(stale: list[str], gains: dict[str, float], syncs: int) -> str:
