@@ -176,7 +176,8 @@ class WeightSync:
         """Bring the engine to the policy's current weights.
 
         With `everything`, unadapted weights are sent too: for an engine whose memory was discarded while it slept.
-        The first sync also sends every weight that the policy holds quantized and the engine in 16 bits.  Some go along
+        The first sync also sends every weight that the policy holds quantized and the engine in 16 bits; later ones
+        hand them over unread, for an engine that was started again and would serve its checkpoint's.  Some go along
         every time, see `_sent_along`.
 
         Raises:
@@ -268,13 +269,20 @@ class WeightSync:
             watch.note(weight, factors, seed)
             return factors
 
+        factors = LazyFactors({weight.name: functools.partial(make, weight) for weight in chosen})
+        sent_before = {
+            name: functools.partial(self._factors, weight)
+            for name, weight in self.weights.items()
+            if weight.quantized is not None and name not in factors
+        }
         update = Update(
             version=self.version + 1,
             previous=self.version,
-            factors=LazyFactors({weight.name: functools.partial(make, weight) for weight in chosen}),
+            factors=factors,
             read=lambda name: self.weights[name].read(),
             rounding_seed=seed,
             read_once=shared,
+            sent_before=LazyFactors(sent_before),
         )
         try:
             push = self.engine.push(update)
