@@ -1,7 +1,7 @@
 """Which base model an adapter was trained on: a few weights of every matrix, recorded beside the adapter.
 
-Values, not bytes of files, are compared: a base that was sharded otherwise or saved in another precision is the same
-base, a model of the same shape trained further is not.
+Values, not bytes of files, are compared, exactly up to the rounding of the coarser of the two precisions: a base that
+was sharded otherwise or saved in another precision is the same base, a model of the same shape trained further is not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 FILE = "base_model_fingerprint.json"
 ENTRIES = 4  # per matrix
-TOLERANCE = 2.0**-7  # relative: one rounding to bfloat16 on either side
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -52,11 +51,14 @@ def weight_files(model: str, revision: str | None) -> Iterator[str]:
 
 def mismatches(recorded: dict[str, list[float]], found: dict[str, list[float]]) -> list[str]:
     """The tensors of `recorded` that `found` lacks or holds other values of."""
+    import torch
+
+    from fura_rl.sync.rounding import are_the_same_rounded
+
     return [
         name
         for name, values in recorded.items()
-        if name not in found
-        or any(abs(a - b) > TOLERANCE * max(abs(a), abs(b)) for a, b in zip(values, found[name], strict=True))
+        if name not in found or not are_the_same_rounded(torch.tensor(values), torch.tensor(found[name]))
     ]
 
 

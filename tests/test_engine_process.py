@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import PARITY_NATS, make_moe_checkpoint, make_tiny_checkpoint, perturb_trained
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import ModelConfig
 
 from fura_rl.adapters.registry import METHODS, peft_config_for
@@ -29,6 +29,19 @@ CASES = {
     "pissa": ("lora", {"init_lora_weights": "pissa"}, None),
     "milora": ("milora", None, None),
     "full": ("full", None, None),
+}
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
+INT8 = {"load_in_8bit": True}
+# Not the checkpoint's values: the base is quantized when it is loaded, or when the adapter is made.  (adapter,
+# target_modules, quantization, tolerance in nats): an 8-bit product rounds its activations too, which no engine repeats
+QUANTIZED = {
+    "qlora": ("qlora", None, NF4, PARITY_NATS),
+    "qlora, unadapted siblings": ("qlora", ["q_proj", "v_proj"], NF4, PARITY_NATS),
+    "qdora": ("qdora", None, NF4, PARITY_NATS),
+    "qfura": ("qfura", None, None, PARITY_NATS),
+    "fura over 4 bits": ("fura", ["q_proj", "up_proj"], NF4, PARITY_NATS),
+    "fura over 8 bits": ("fura", None, INT8, 0.1),
+    "lora over 8 bits": ("lora", ["q_proj", "v_proj"], INT8, 0.1),
 }
 # Methods whose numbers take one of the ways above: small forms of their own first, then those that are sent whole.
 MORE_METHODS = (
@@ -69,8 +82,15 @@ def running(folder, dtype="float32", workers=1, **options):
 
 
 def make_policy(folder, case, dtype=torch.float32):
-    adapter, adapter_kwargs, targets = CASES.get(case, (case, None, None))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    loading = {}
+    if case in QUANTIZED:
+        adapter, targets, quantization, _ = QUANTIZED[case]
+        adapter_kwargs = None
+        if quantization:
+            loading = {"quantization_config": BitsAndBytesConfig(**quantization)}
+    else:
+        adapter, adapter_kwargs, targets = CASES.get(case, (case, None, None))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **loading)
     config = peft_config_for(adapter, ModelConfig(), targets, adapter_kwargs)
     return model if config is None else get_peft_model(model, config)
 
@@ -121,9 +141,24 @@ def test_a_tied_head_in_the_shards_of_two_workers_follows(tmp_path):
             engine.close()
 
 
+@pytest.mark.parametrize("case", QUANTIZED)
+def test_a_quantized_policy_arrives_as_it_computes_in_an_engine_of_the_unquantized_checkpoint(engine_process, case):
+    tolerance = QUANTIZED[case][-1]
+    policy, engine, sync = trainer_on(engine_process, case, probe_every=1)
+    with closing(engine):
+        assert sync.sync().probe_max_gap < tolerance
+        before = engine.prompt_logprobs(PROBE)
+        for step in range(2):
+            perturb_trained(policy, 0.6, seed=step)
+            report = sync.sync()
+            assert report.probe_max_gap < tolerance
+        assert report.audit_gain_min == pytest.approx(1.0, abs=0.01)
+        assert (engine.prompt_logprobs(PROBE) - before).abs().max() > 2 * report.probe_max_gap, "it must move"
+
+
 def test_every_method_of_the_table_is_among_them():
-    quantized = {name for name, method in METHODS.items() if method.load_in_4bit or name == "qfura"}
-    assert METHODS.keys() - quantized <= {adapter for adapter, _, _ in CASES.values()} | {*MORE_METHODS, "pissa"}
+    tested = {case[0] for case in (*CASES.values(), *QUANTIZED.values())} | {*MORE_METHODS, "pissa"}
+    assert METHODS.keys() <= tested
 
 
 def test_a_policy_of_another_base_is_refused(engine_process, tmp_path):

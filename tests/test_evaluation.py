@@ -314,6 +314,21 @@ def test_the_base_of_an_adapter_is_told_from_another_of_the_same_shape(tied_chec
     assert check_base(str(adapter), str(other)) is None
 
 
+@pytest.mark.parametrize(("dtype", "step"), [(torch.float32, 1e-3), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+def test_a_base_trained_a_little_further_is_another_base(dtype, step, tied_checkpoint, tmp_path):
+    """By 1e-3 in float32, by one step of a 16-bit number: no more than one rounding to bfloat16 changes."""
+    weights = {name: w.to(dtype) for name, w in load_file(tied_checkpoint / "model.safetensors").items()}
+    base, further, name = tmp_path / "base", tmp_path / "further", "model.layers.1.mlp.up_proj.weight"
+    for folder, changed in ((base, {}), (further, {name: (weights[name] * (1 + step)).to(dtype)})):
+        folder.mkdir()
+        save_file(weights | changed, folder / "model.safetensors", {"format": "pt"})
+    adapter = adapter_folder(tmp_path / "adapter", base)
+    check_base(str(adapter), str(base))
+    check_base(str(adapter), str(tied_checkpoint))  # before it was rounded
+    with pytest.raises(ValueError, match=rf"fingerprint mismatch in 1 of \d+ matrices, e\.g\. {name}"):
+        check_base(str(adapter), str(further))
+
+
 def test_a_fingerprint_reads_sharded_checkpoints(tied_checkpoint, tmp_path):
     weights = load_file(tied_checkpoint / "model.safetensors")
     names = sorted(weights)

@@ -59,7 +59,7 @@ class Trainer:
     def claim(self, owner=None, lease_seconds=30.0, change=0.0, **more_tensors):
         shapes = {name: w.shape for name, w in self.weights.items()} | more_tensors
         samples = {
-            name: [(r, c, v + change) for r, c, v in base_sample(w.read(), (0, w.shape[0]), w.shape[1])]
+            name: [(r, c, v + change, slack) for r, c, v, slack in base_sample(w.read(), (0, w.shape[0]), w.shape[1])]
             for name, w in self.weights.items()
             if w.layer is not None
         }

@@ -342,6 +342,29 @@ def test_what_was_refused_leaves_the_version_before_to_be_sent_again(policy):
     assert worker.version == 1
 
 
+@pytest.mark.parametrize("lost", ["between two syncs", "in a sync"])
+def test_an_engine_that_comes_back_from_nothing_gets_what_was_sent_before_too(policy, lost):
+    """In chunks of their own, made when they are needed; an engine that was not lost gets only what moves."""
+    worker = Worker()
+    engine = RemoteEngine(worker)
+    engine.push(policy.update(1))
+    constant = Policy()
+    sent_before = {f"c{index}": lambda index=index: constant.make(index) for index in range(WEIGHTS)}
+    settings = {"sent_before": LazyFactors(sent_before)}
+    if lost == "in a sync":
+        worker.faults[3] = EngineLostError("gone")
+        engine.push(policy.update(2, **settings))
+    else:
+        engine.push(policy.update(2, **settings))
+        engine.resend()
+        assert constant.reads == []
+        worker.restart()
+        assert engine.restore(timeout=5.0)
+    assert constant.reads == list(range(WEIGHTS))
+    assert worker.served.keys() == {f"{kind}{index}" for kind in "wc" for index in range(WEIGHTS)}
+    assert worker.commits[-1] == worker.version == 2
+
+
 @pytest.mark.parametrize("read_once", [False, True])
 @pytest.mark.parametrize("kept", [True, False])
 def test_replicas_are_sent_one_reading_of_a_policy_in_pieces(policy, monkeypatch, read_once, kept):

@@ -16,10 +16,14 @@ import pytest
 import torch
 from conftest import PARITY_NATS, REPOSITORY, make_tiny_checkpoint, perturb_trained
 from distributed_trainer import TOKENS, policy_of
+from peft import get_peft_model
 from rollout_server import child_environment
 from slow_network import slow_network
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from trl import ModelConfig
 from vllm import SamplingParams
 
+from fura_rl.adapters.registry import peft_config_for
 from fura_rl.rollout_client import RolloutClient, ServerSampler
 from fura_rl.sync import probe
 from fura_rl.sync.engine import Update
@@ -123,6 +127,32 @@ def test_held_out_problems_are_scored_on_the_synced_version_after_a_restart_too(
     rollout_server.wait_until_up()  # with the base model's weights
     assert scored() == before
     assert client.engine.serves_last()
+
+
+def test_a_quantized_policy_comes_back_whole_to_a_server_that_was_killed(rollout_server):
+    """Its unadapted layers are not those of the checkpoint that the server starts with, and are sent once."""
+    engine = RemoteEngine(HttpTransport(rollout_server.wait_until_up().url))
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32")
+    base = AutoModelForCausalLM.from_pretrained(
+        rollout_server.model, dtype=torch.float32, quantization_config=quantization
+    )
+    policy = get_peft_model(base, peft_config_for("lora", ModelConfig(), ["q_proj", "v_proj"], None))
+    with closing(engine):
+        sync = WeightSync(policy, engine, TOKENS, probe_every=1)
+        first = sync.sync()
+        perturb_trained(policy, 0.3, seed=1)
+        second = sync.sync()
+        assert max(first.probe_max_gap, second.probe_max_gap) < PARITY_NATS
+        assert second.payload_bytes < first.payload_bytes, "what never moves is sent once"
+        for lost in ("between two syncs", "before a sync"):
+            rollout_server.kill()
+            if lost == "between two syncs":
+                engine.restore(timeout=240.0)
+                served = engine.prompt_logprobs(TOKENS)
+                assert probe.max_gap(served, probe.trainer_logprobs(policy, TOKENS)) < PARITY_NATS
+            else:
+                rollout_server.wait_until_up()
+                assert sync.sync().probe_max_gap < PARITY_NATS
 
 
 def test_a_batch_that_takes_longer_than_the_limit_names_the_limit_and_the_mend(trainer, rollout_server):

@@ -15,6 +15,7 @@ from fura_rl.sync.audit import KernelAudit
 from fura_rl.sync.audit_schedule import AuditSchedule
 from fura_rl.sync.base_weights import BaseWeights
 from fura_rl.sync.factors import Factors
+from fura_rl.sync.fold import checkpoint_weights
 from fura_rl.sync.remote_engine import Follower
 from fura_rl.sync.update_watch import UpdateCosine
 from fura_rl.sync.vllm_engine import InProcessEngine, find_model_runner
@@ -453,6 +454,100 @@ def test_a_server_is_told_by_any_weight_that_the_policy_does_not_adapt(tied_chec
         engine = OwnBase(tmp_path)
         WeightSync(policy, engine, PROBE)
         assert engine.different == ([] if changed is None else [changed])
+
+
+def base_policy(folder, dtype=torch.float32, adapter="lora", adapter_kwargs=None, quantization=None):
+    from transformers import BitsAndBytesConfig
+
+    loading = {"quantization_config": BitsAndBytesConfig(**quantization)} if quantization else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **loading)
+    return get_peft_model(model, peft_config_for(adapter, ModelConfig(), ["q_proj", "v_proj"], adapter_kwargs))
+
+
+def differences(policy, folder, tensors):
+    save_file(tensors, folder / "m.safetensors")
+    engine = OwnBase(folder)
+    WeightSync(policy, engine, PROBE)
+    return engine.different
+
+
+def checkpoint_weights_of(policy):
+    return {weight.name: weight for weight in checkpoint_weights(policy)}
+
+
+NOT_THE_CHECKPOINTS = {
+    "QLoRA": (torch.float32, "lora", None, NF4),
+    "QDoRA": (torch.float32, "dora", None, NF4),
+    "FuRA on a 4-bit base": (torch.bfloat16, "fura", None, NF4),
+    "FuRA on an 8-bit base": (torch.float32, "fura", None, {"load_in_8bit": True}),
+    "LoRA on an 8-bit base": (torch.float32, "lora", None, {"load_in_8bit": True}),
+    "QFuRA": (torch.float32, "fura", {"form": "core", "quantize_core": "nf4"}, None),
+    "core form": (torch.float32, "fura", {"form": "core"}, None),
+    "core form in bfloat16": (torch.bfloat16, "fura", {"form": "core"}, None),
+}
+
+
+@pytest.mark.parametrize("case", NOT_THE_CHECKPOINTS)
+def test_a_policy_that_holds_a_weight_otherwise_than_its_checkpoint_fits_a_server_of_it(
+    case, untied_checkpoint, tmp_path
+):
+    """The rest, which it holds as it was loaded, tells the base all the same."""
+    policy = base_policy(untied_checkpoint, *NOT_THE_CHECKPOINTS[case])
+    tensors = load_file(untied_checkpoint / "model.safetensors")
+    assert differences(policy, tmp_path, tensors) == []
+    for told in ("model.embed_tokens.weight", "model.layers.1.input_layernorm.weight", "lm_head.weight"):
+        changed = {name: w * 1.01 if name == told else w for name, w in tensors.items()}
+        assert differences(policy, tmp_path, changed) == [told]
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("stored", DTYPES)
+@pytest.mark.parametrize("trained", DTYPES)
+@pytest.mark.parametrize("served", DTYPES)
+def test_one_base_in_any_dtype_is_the_same_base_and_one_trained_a_little_further_is_not(
+    stored, trained, served, tied_checkpoint, tmp_path
+):
+    """The trainer has loaded its copy, saved as `stored`, as `trained`; the engine has another copy, saved as `served`.
+
+    Further means by 1e-3 in float32, by one step of a 16-bit number; the coarsest of the three dtypes must see it.
+    """
+    original = load_file(tied_checkpoint / "model.safetensors")
+    copy = {name: w.to(stored) for name, w in original.items()}
+    policy = base_policy(tied_checkpoint)
+    for name, weight in checkpoint_weights_of(policy).items():
+        weight.parameter.data = copy[name].to(trained)
+    if (stored, trained) != (torch.float16, torch.bfloat16):  # rounded twice, which is another number now and then
+        assert differences(policy, tmp_path, {name: w.to(served) for name, w in original.items()}) == []
+    # the very same file as the trainer's
+    assert differences(policy, tmp_path, copy) == []
+    step = max(1e-3, *(torch.finfo(dtype).eps / 2 for dtype in (stored, trained, served)))
+    further = {name: w * (1 + step) if w.ndim == 2 else w for name, w in original.items()}
+    told = differences(policy, tmp_path, {name: w.to(served) for name, w in further.items()})
+    assert set(told) == {name for name, w in original.items() if w.ndim == 2}
+
+
+def test_a_base_is_told_by_a_sign_a_zero_and_the_entries_that_float16_nearly_loses(tied_checkpoint, tmp_path):
+    tiny = {name: w * 1e-5 for name, w in load_file(tied_checkpoint / "model.safetensors").items()}
+    for served in DTYPES:
+        policy = base_policy(tied_checkpoint)
+        for name, weight in checkpoint_weights_of(policy).items():
+            weight.parameter.data = tiny[name].to(served).half()
+        assert differences(policy, tmp_path, {name: w.to(served) for name, w in tiny.items()}) == []
+        assert len(differences(policy, tmp_path, {name: -w.to(served) for name, w in tiny.items()})) == len(tiny)
+        assert len(differences(policy, tmp_path, {name: 0 * w.to(served) for name, w in tiny.items()})) == len(tiny)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_base_that_making_the_adapter_moved_is_compared_up_to_rounding(init, dtype, tied_checkpoint, tmp_path):
+    policy = base_policy(tied_checkpoint, dtype, adapter_kwargs={"init_lora_weights": init})
+    tensors = {name: w.to(dtype) for name, w in load_file(tied_checkpoint / "model.safetensors").items()}
+    assert differences(policy, tmp_path, tensors) == []
+    told = "model.layers.1.self_attn.q_proj.weight"
+    changed = {name: w * 1.1 if name == told else w for name, w in tensors.items()}
+    assert differences(policy, tmp_path, changed) == [told]
 
 
 def test_an_engine_of_another_layout_is_refused_with_the_versions_read():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -39,7 +39,8 @@ class Update:
     `factors` holds every weight that training can change, relative to the pristine base, so that an engine comes to
     `version` from whatever state it is in.  `read(name)` reads the trainer's own base weight.  `rounding_seed` draws
     the stochastic rounding of this version, None rounds to nearest.  `read_once`: the policy is in pieces, whose other
-    processes gather along in every weight of `factors`, once.
+    processes gather along in every weight of `factors`, once.  `sent_before` holds, for an engine that was started
+    again, what never moves and is not in its checkpoint either; it can be read at any time, and gathers nothing.
     """
 
     version: int
@@ -48,6 +49,7 @@ class Update:
     read: Callable[[str], Read]
     rounding_seed: int | None = None
     read_once: bool = False
+    sent_before: Mapping[str, Factors] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,14 @@ class CheckpointWeight:
         return whole_shape(self.parameter)
 
     @property
+    def holds_the_checkpoints(self) -> bool:
+        """Whether its base value is the checkpoint's: neither trained itself, nor quantized, nor rounded to a core."""
+        if self.layer is None:
+            return not self.trained and self.quantized is None
+        in_core = isinstance(self.layer, FuraLinear) and self.layer.owns_large_core
+        return not in_core and not holds_packed_weight(self.layer.get_base_layer())
+
+    @property
     def element_count(self) -> int:
         return math.prod(self.shape)
 

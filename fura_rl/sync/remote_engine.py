@@ -88,6 +88,8 @@ class Message:
         encode: makes the chunks from the policy as it is now.
         rounding_seed, read_once: see `engine.Update`.
         receivers: how many engines it is for.
+        encode_sent_before: makes the chunks that an engine without any version needs first.  They are made anew each
+            time instead of kept, since a 16-bit copy of a quantized policy is several times its size.
     """
 
     def __init__(
@@ -97,8 +99,10 @@ class Message:
         rounding_seed: int | None,
         read_once: bool = False,
         receivers: int = 1,
+        encode_sent_before: Callable[[], Iterator[payload.Chunk]] = lambda: iter(()),
     ) -> None:
         self.version, self.rounding_seed = version, rounding_seed
+        self.encode_sent_before = encode_sent_before
         self._read_once = read_once
         self._keeps_all = receivers > 1 and read_once  # until every engine has it
         self.nbytes = 0  # of all chunks; known when they have been sent
@@ -189,8 +193,10 @@ def settled(message: Message) -> Iterator[Message]:
 
 
 def message_of(update: Update, engine_dtype: torch.dtype, receivers: int = 1) -> Message:
-    encode = functools.partial(payload.encode, update.factors, engine_dtype)
-    return Message(update.version, encode, update.rounding_seed, update.read_once, receivers)
+    encode, encode_sent_before = (
+        functools.partial(payload.encode, factors, engine_dtype) for factors in (update.factors, update.sent_before)
+    )
+    return Message(update.version, encode, update.rounding_seed, update.read_once, receivers, encode_sent_before)
 
 
 class RemoteEngine:
@@ -296,7 +302,7 @@ class RemoteEngine:
             self.transport.wait_until_up(max(0.0, deadline - time.monotonic()))
             try:
                 self.claim()
-                return self._deliver_last()
+                return self._deliver_last(from_nothing=True)
             except EngineLostError:  # a dying server answers /health for a moment
                 if not self._last.can_be_sent or time.monotonic() > deadline:
                     raise
@@ -315,7 +321,7 @@ class RemoteEngine:
             )
         self._deliver_last()
 
-    def _deliver_last(self) -> dict[str, float]:
+    def _deliver_last(self, from_nothing: bool = False) -> dict[str, float]:
         if not self._last.version:  # nothing was ever sent: the next push is the first
             if self._paused:
                 self._resume()
@@ -325,7 +331,7 @@ class RemoteEngine:
                 f"{self.transport.address} lost its weights, and whole weights of more than {KEPT_BYTES / 2**30:g} GiB "
                 "are not kept to be sent again: resume from the last checkpoint"
             )
-        return self._deliver(self._last)
+        return self._deliver(self._last, from_nothing)
 
     def push(self, update: Update) -> Push:
         """Stage while the engine generates, pause, commit, resume.  An engine lost meanwhile is waited for.
@@ -381,15 +387,18 @@ class RemoteEngine:
         logger.warning("%s; waiting for it to come back", lost)
         return self.restore(self.transport.timeout)
 
-    def _deliver(self, message: Message) -> dict[str, float]:
-        """Stage one chunk after another, then commit; seconds by phase, without those of the encoding."""
+    def _deliver(self, message: Message, from_nothing: bool = False) -> dict[str, float]:
+        """Stage one chunk after another, then commit; seconds by phase, without those of the encoding.
+
+        An engine that starts `from_nothing` but its checkpoint gets with it what was sent before.
+        """
         clock, encoded = [time.perf_counter()], message.encode_seconds
         serves = {reply["version"] for reply in self._checked("fura_status")}
         # workers that a failed commit has left at different versions follow none; one and the same fold mends them
         previous = serves.pop() if len(serves) == 1 else None
         stamp = {"owner": self.owner, "version": message.version}
         count = nbytes = 0
-        for chunk in message.chunks():
+        for chunk in itertools.chain(message.encode_sent_before() if from_nothing else (), message.chunks()):
             with offered(chunk.data, self.transport.payload_transport) as source:
                 place = {"previous": previous, "index": count, "crc32": chunk.crc32, "source": source}
                 self._checked("fura_update", info=stamp | place)

@@ -1,10 +1,14 @@
-"""Rounding of folded weights to the engine's dtype."""
+"""Rounding of folded weights to the engine's dtype, and telling a rounded number from another one."""
 
 from __future__ import annotations
+
+import itertools
+import math
 
 import torch
 
 ROUNDINGS = ("nearest", "stochastic")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # in which one checkpoint may be held
 
 
 def round_weight(exact: torch.Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -31,3 +35,22 @@ def round_weight(exact: torch.Tensor, dtype: torch.dtype, generator: torch.Gener
     draw = torch.rand(exact.shape, generator=generator, dtype=exact.dtype, device=exact.device)
     moves = (error != 0) & nearest.isfinite() & neighbour.isfinite() & (draw * spacing < error.abs())
     return torch.where(moves, neighbour, nearest)
+
+
+def are_the_same_rounded(some: torch.Tensor, others: torch.Tensor, slack: torch.Tensor | float = 0.0) -> bool:
+    """Whether each of `some` (n,) and its counterpart of `others` can be one number, held in two dtypes.
+
+    One of the two must be what the other rounds to, or is up to `slack` away from what does.  A dtype is read off the
+    numbers: what was loaded in 16 bits and widened afterwards holds no more than 16 bits.
+    """
+    alike = torch.zeros(len(some), dtype=torch.bool)
+    for coarse, fine in itertools.permutations((some.double(), others.double())):
+        for dtype in DTYPES:
+            held = coarse.to(dtype)
+            if torch.equal(held.double(), coarse):
+                # halves of the way to the neighbours, ends included: `fine` may itself have been rounded to one
+                below, above = (
+                    (coarse + held.nextafter(torch.full_like(held, end)).double()) / 2 for end in (-math.inf, math.inf)
+                )
+                alike |= (below - slack <= fine) & (fine <= above + slack)
+    return bool(alike.all())

@@ -167,14 +167,21 @@ class WeightSync:
         """A few numbers of every base weight at hand, which the engine's own must have as well: what is adapted is
         folded from it, what is not is served from it.
 
-        Left out is what no longer has, or never had, the checkpoint's value: fully trained, or quantized.
+        Left out is what no longer has, or never had, the checkpoint's value: fully trained, quantized, or made into a
+        large core.  Nothing is lost by that, since an engine serves none of those from its checkpoint: they are sent
+        whole.  Of a policy that holds every linear layer so, the embeddings and norms still tell the base.
         """
         if self.engine.reads_the_trainers_base or self.follows:
             return {}
         return {
-            name: base_sample(self._checkpoint_read(weight), weight.local_rows, (*weight.shape, 1)[1])
+            name: base_sample(
+                self._checkpoint_read(weight),
+                weight.local_rows,
+                (*weight.shape, 1)[1],
+                moved=weight.read_local() if name in self._starts else None,
+            )
             for name, weight in self.weights.items()
-            if len(weight.shape) < 3 and (weight.layer is not None or (not weight.trained and weight.quantized is None))
+            if len(weight.shape) < 3 and weight.holds_the_checkpoints
             if weight.local_rows[0] < weight.local_rows[1]
         }
 
@@ -182,9 +189,9 @@ class WeightSync:
         """Bring the engine to the policy's current weights.
 
         With `everything`, unadapted weights are sent too: for an engine whose memory was discarded while it slept.
-        The first sync also sends every weight that the policy holds quantized and the engine in 16 bits.  Beside a
-        trained stack of experts go the others of its module: an engine rebuilds that whole, and its own checkpoint
-        holds experts one by one, under other names.
+        The first sync also sends every weight that the policy holds quantized and the engine in 16 bits; later ones
+        hand them over unread, for an engine that was started again and would serve its checkpoint's.  Some go along
+        every time, see `_sent_along`.
 
         Raises:
             FloatingPointError: where a trained parameter is not finite; the engine keeps the weights it has.
@@ -194,14 +201,11 @@ class WeightSync:
         self.weights = self._current_weights()
         with failing_together():
             refuse_non_finite(self.weights.values())
-        stacks = self._modules_of_trained_stacks()
+        along = self._sent_along()
         chosen = [
             weight
             for weight in self.weights.values()
-            if everything
-            or weight.trained
-            or (self._first and weight.quantized is not None)
-            or weight.module_name in stacks
+            if everything or weight.trained or (self._first and weight.quantized is not None) or weight.name in along
         ]
         # of a policy in pieces every process audits the rows it holds, else the one that speaks to the engine all
         shared = any(is_piece(weight.parameter) for weight in self.weights.values())
@@ -245,11 +249,24 @@ class WeightSync:
             update_cosine=watch.cosine.value() if watch.all_bases_kept and not self.follows else None,
         )
 
-    def _modules_of_trained_stacks(self) -> set[str]:
-        """The modules of trained experts that an engine cannot read from its checkpoint."""
+    def _sent_along(self) -> set[str]:
+        """What an engine writes whenever it writes a trained weight, and cannot read from its own checkpoint.
+
+        An engine rebuilds a module whole.  Its checkpoint holds experts one by one, under other names than the stacks
+        of the policy, and in the place of a quantized layer the layer from before.  Which layers an engine makes one
+        module of (q, k, v; gate, up) is its own business: they lie beside each other in one submodule of the policy.
+        """
         if self.engine.reads_the_trainers_base:
             return set()
-        return {weight.module_name for weight in self.weights.values() if weight.trained and len(weight.shape) == 3}
+        trained = [weight for weight in self.weights.values() if weight.trained]
+        stacks = {weight.module_name for weight in trained if len(weight.shape) == 3}
+        parents = {parent_of(weight.module_name) for weight in trained}
+        return {
+            name
+            for name, weight in self.weights.items()
+            if weight.module_name in stacks
+            or (weight.quantized is not None and parent_of(weight.module_name) in parents)
+        }
 
     def _push(self, chosen: list[CheckpointWeight], watch: UpdateWatch, shared: bool) -> Push:
         """Hand `chosen` to the engine, noting what each of its kernels must compute afterwards."""
@@ -265,13 +282,20 @@ class WeightSync:
             watch.note(weight, factors, seed)
             return factors
 
+        factors = LazyFactors({weight.name: functools.partial(make, weight) for weight in chosen})
+        sent_before = {
+            name: functools.partial(self._factors, weight)
+            for name, weight in self.weights.items()
+            if weight.quantized is not None and name not in factors
+        }
         update = Update(
             version=self.version + 1,
             previous=self.version,
-            factors=LazyFactors({weight.name: functools.partial(make, weight) for weight in chosen}),
+            factors=factors,
             read=lambda name: self.weights[name].read(),
             rounding_seed=seed,
             read_once=shared,
+            sent_before=LazyFactors(sent_before),
         )
         try:
             push = self.engine.push(update)
@@ -354,6 +378,10 @@ class WeightSync:
                 )
         self._previous_logprobs = trainer
         return gap
+
+
+def parent_of(module_name: str) -> str:
+    return module_name.rpartition(".")[0]
 
 
 def stale_message(stale: list[str], gains: dict[str, float], syncs: int, sent: str = "twice") -> str:
