@@ -12,7 +12,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from fura_rl.sync import update_watch
+from fura_rl.sync import remote_engine, update_watch
+from fura_rl.sync.probe import StaleEngineError
 from fura_rl.sync.remote_engine import Follower, RemoteEngine
 from fura_rl.sync.weight_sync import WeightSync
 
@@ -25,17 +26,22 @@ def out_of_memory_at_a_weight(watch, weight, factors, rounding_seed):
 
 
 def trainer(rank, failing, folder):
+    if rank == failing:
+        update_watch.UpdateWatch.note = out_of_memory_at_a_weight
+    sync_of_two(rank, Worker(), folder)
+
+
+def sync_of_two(rank, worker, folder, **settings):
+    """The first sync of a policy in two pieces into `worker`; writes what it raised to `folder`."""
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=20))
     policy = nn.Sequential(*[nn.Linear(16, 16, bias=False) for _ in range(8)])
     fully_shard(policy, mesh=init_device_mesh("cpu", (2,)))
-    engine = Follower(torch.float32) if rank else RemoteEngine(Worker())
-    sync = WeightSync(policy, engine, [1, 2], score=lambda *_: torch.zeros(1))
-    if rank == failing:
-        update_watch.UpdateWatch.note = out_of_memory_at_a_weight
+    engine = Follower(torch.float32) if rank else RemoteEngine(worker)
+    sync = WeightSync(policy, engine, [1, 2], score=lambda *_: torch.zeros(1), **settings)
     try:
         sync.sync()
-        words = "none"
+        words = f"none, {worker.commits}"
     except Exception as error:
         words = f"{type(error).__name__}: {error}"
     with open(f"{folder}/{rank}", "w") as file:
@@ -49,3 +55,43 @@ def test_a_process_that_fails_between_two_gathers_stops_all_of_them_with_its_wor
     words = [(tmp_path / str(rank)).read_text() for rank in (0, 1)]
     assert words[failing] == "MemoryError: no room for a sample"
     assert words[1 - failing] == f"PeerFailedError: process {failing} of the trainer failed: {words[failing]}"
+
+
+class WrongFor(Worker):
+    """Serves other log-probs than the policy's at its first `times` probes."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.times = times
+
+    def prompt_logprobs(self, token_ids):
+        self.times -= 1
+        return torch.full((len(token_ids) - 1,), float(self.times >= 0))
+
+
+def prober(rank, times, folder):
+    sync_of_two(rank, WrongFor(times), folder, audit_every=0)
+
+
+def test_a_failing_probe_is_sent_once_more_by_all_processes_and_then_stops_them(tmp_path):
+    for times in (1, 2):
+        folder = tmp_path / str(times)
+        folder.mkdir()
+        mp.spawn(prober, (times, str(folder)), nprocs=2)
+        first, second = ((folder / str(rank)).read_text() for rank in (0, 1))
+        if times == 1:
+            assert (first, second) == ("none, [1, 1]", "none, []")
+        else:
+            assert first.startswith(
+                "StaleEngineError: weight sync failed its proof: engine and trainer differ by 1 nats"
+            )
+            assert "sent once more; an audit finds no update" in first
+            assert second == f"PeerFailedError: process 0 of the trainer failed: {first}"
+
+
+def test_a_failing_probe_says_why_the_weights_could_not_be_sent_once_more(monkeypatch):
+    monkeypatch.setattr(remote_engine, "KEPT_BYTES", 0)
+    policy = nn.Sequential(nn.Linear(16, 16, bias=False))
+    sync = WeightSync(policy, RemoteEngine(WrongFor(9)), [1, 2], score=lambda *_: torch.zeros(1))
+    with pytest.raises(StaleEngineError, match=r"differ by 1 nats .*could not be sent once more: .* are not kept"):
+        sync.sync()

@@ -338,6 +338,45 @@ def test_one_layer_left_out_of_the_sync_stops_the_run(engines, monkeypatch):
         sync.sync()
 
 
+@pytest.mark.parametrize("audited_before", [True, False])
+def test_a_probe_that_fails_twice_names_what_an_audit_then_finds_stale(engines, monkeypatch, audited_before):
+    policy, sync = make_sync(*engines("tied"), "fura")
+    sync.audits.every = 0
+    if not audited_before:
+        sync.audit = KernelAudit()
+    perturb_trained(policy, 0.2, seed=0)
+    skipped = "model.layers.1.self_attn.o_proj"
+    leave_out(sync, monkeypatch, lambda module: module == skipped)
+    with pytest.raises(
+        probe.StaleEngineError, match=rf"proof: .*once more; an audit finds 1 of 14 modules stale: {skipped}\.weight"
+    ):
+        sync.sync()
+    assert sync.sync().probe_max_gap < PARITY_NATS
+
+
+def test_a_write_that_fails_once_is_repeated_for_a_failing_probe_too(engines, monkeypatch, caplog):
+    policy, sync = make_sync(*engines("tied"), "fura")
+    sync.audits.every = 0
+    perturb_trained(policy, 0.2, seed=0)
+    leave_out(sync, monkeypatch, lambda module: module == "model.layers.0.mlp.down_proj", times=1)
+    assert sync.sync().probe_max_gap < PARITY_NATS
+    assert "a part of the weights did not arrive" in caplog.text
+    assert "the probe is passed by the weights that were sent once more" in caplog.text
+
+
+@pytest.mark.parametrize("audit_every", [0, 1])
+def test_a_probe_that_fails_with_every_weight_in_its_place_says_so(engines, monkeypatch, audit_every):
+    policy, sync = make_sync(*engines("tied"), "fura")
+    sync.audits.every = audit_every
+    perturb_trained(policy, 0.2, seed=0)
+    scored, pushes, push = sync.engine.prompt_logprobs, [], sync.engine.push
+    monkeypatch.setattr(sync.engine, "prompt_logprobs", lambda tokens: scored(tokens) + 0.01)
+    monkeypatch.setattr(sync.engine, "push", lambda update: pushes.append(update) or push(update))
+    with pytest.raises(probe.StaleEngineError, match=r"once more; an audit finds none of 14 modules stale"):
+        sync.sync()
+    assert len(pushes) == 2
+
+
 def test_a_stale_tied_output_head_stops_the_run(engines, monkeypatch):
     policy, sync = make_sync(*engines("tied"), "full")
     perturb_trained(policy, 0.2, seed=0)
