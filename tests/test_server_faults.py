@@ -321,6 +321,18 @@ def test_a_trainer_killed_between_stage_and_commit_leaves_a_server_that_the_next
     engine.close()
 
 
+def test_a_server_whose_trainer_was_killed_in_its_pause_generates_again_without_another(rollout_server):
+    rollout_server.wait_until_up()
+    run_trainer_that_is_killed_in_its_pause(rollout_server)
+    transport = HttpTransport(rollout_server.url, timeout=KILLED_TRAINERS_LEASE + RECOVERY_SECONDS)
+    assert transport.request("GET", "/is_paused")["is_paused"]
+    [before] = transport.call("fura_status")
+    assert transport.prompt_logprobs(TOKENS).isfinite().all()  # waits in the server's queue
+    assert not transport.request("GET", "/is_paused")["is_paused"]
+    [after] = transport.call("fura_status")
+    assert after | {"lease_ended": False} == before, "the version, the owner and what was staged are as they were"
+
+
 KILLED_TRAINERS_LEASE = 8
 KILLED_TRAINER = f"""
 import os, signal, sys
