@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import hmac
 import itertools
+import logging
 import os
 import signal
 import socket
@@ -13,17 +15,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fura_rl.sync.vllm_engine import cpu_cache_settings, engine_environment
 from fura_rl.sync.vllm_plugin import BACKEND, EXTENSION
 
+if TYPE_CHECKING:
+    import httpx
+
+logger = logging.getLogger(__name__)
+
 TOKEN_VARIABLE = "FURA_ROLLOUT_TOKEN"
 OPEN_PATHS = ("/health", "/ping")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PR_SET_PDEATHSIG = 1
+PAUSE_CHECK_SECONDS = 5.0
 STOP_SECONDS = 20.0  # vLLM's server may wait for ever for what it has under way; then it is killed
 MEMORY_OPTIONS = {"--gpu-memory-utilization", "--kv-cache-memory-bytes"}  # else a CPU must have 92% of it free
 
@@ -47,6 +55,66 @@ class RequireToken:
                 await send({"type": "http.response.body", "body": b"wrong or missing token"})
                 return
         await self.app(scope, receive, send)
+
+
+class ResumeForLostTrainer:
+    """ASGI middleware: a server that is paused goes on once the lease of the trainer that owns it has ended.
+
+    A trainer pauses around its commit; killed there, it would leave the server so until another one syncs.
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self.app = app
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "lifespan":
+            await self.app(scope, receive, send)
+            return
+        watch = asyncio.create_task(resume_for_lost_trainers(scope["app"]))
+        try:
+            await self.app(scope, receive, send)  # from the server's start to its end
+        finally:
+            watch.cancel()
+
+
+async def resume_for_lost_trainers(app: Callable[..., Awaitable[None]]) -> None:
+    """Look after `app`, vLLM's server, for ever.  Its own routes are asked, without port, TLS or lines in its log."""
+    import httpx
+
+    token = os.environ.get(TOKEN_VARIABLE)
+    routes = httpx.ASGITransport(app, raise_app_exceptions=False)  # a dead engine's are the server's to tell
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    async with httpx.AsyncClient(transport=routes, base_url="http://server", headers=headers) as server:
+        while True:
+            await asyncio.sleep(PAUSE_CHECK_SECONDS)
+            if workers := await workers_of_a_lost_pause(server):
+                await resume(server, workers)
+
+
+async def workers_of_a_lost_pause(server: httpx.AsyncClient) -> list[dict[str, Any]]:
+    """The status of every worker, where the server is paused and its owner's lease has ended in all of them; else [].
+
+    A trainer that was only slow, or another that comes in this moment, loses nothing but the pause: it resumes after
+    its commit itself, and then drops what was cached before.
+    """
+    paused = await server.get("/is_paused")
+    if not paused.is_success or not paused.json()["is_paused"]:
+        return []
+    # answered after what a worker has under way: a commit, which renews the lease
+    status = await server.post("/collective_rpc", json={"method": "fura_status"})
+    workers = status.json()["results"] if status.is_success else []
+    return workers if all(worker["lease_ended"] for worker in workers) else []
+
+
+async def resume(server: httpx.AsyncClient, workers: list[dict[str, Any]]) -> None:
+    """Go on as the trainer of `workers` would have after its commit; tried again at the next look where it fails."""
+    logger.warning("trainer %s was lost while it had this server paused, which goes on now", workers[0]["owner"])
+    if len({worker["version"] for worker in workers}) > 1:
+        torn = {"reason": "its trainer was lost in a commit that some of its workers have made and others not"}
+        await server.post("/collective_rpc", json={"method": "fura_poison", "kwargs": torn})
+    reset = await server.post("/reset_prefix_cache", params={"reset_running_requests": "true"})
+    if reset.is_success and reset.json()["success"]:
+        await server.post("/resume")
 
 
 def check(host: str, port: int) -> None:
@@ -96,8 +164,9 @@ def command(model: str, host: str, port: int, extra: Sequence[str]) -> list[str]
     if not torch.cuda.is_available() and not MEMORY_OPTIONS & given:
         settings |= {f"--{name.replace('_', '-')}": str(value) for name, value in cpu_cache_settings(0.25).items()}
     words = [word for name, value in settings.items() if name not in given for word in (name, value)]
+    words += ["--middleware", "fura_rl.serve.ResumeForLostTrainer"]  # vLLM adds them up: `extra` may have another
     if os.environ.get(TOKEN_VARIABLE):
-        words += ["--middleware", "fura_rl.serve.RequireToken"]  # vLLM adds them up: one of `extra` does not replace it
+        words += ["--middleware", "fura_rl.serve.RequireToken"]
     # the `vllm` console script of the CPU wheel looks for another distribution and fails, the module does not
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *words, *extra]
 

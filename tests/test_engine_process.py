@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import PARITY_NATS, make_moe_checkpoint, make_tiny_checkpoint, perturb_trained
 from peft import LoraConfig, get_peft_model
+from test_weight_sync import check_that_a_sync_drops_the_cache
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import ModelConfig
 
@@ -201,6 +202,15 @@ def test_a_sync_of_the_weights_before_is_named_by_the_audit(engine_process, monk
         sync.sync()
     monkeypatch.undo()
     engine.close()
+
+
+def test_keys_and_values_that_were_cached_before_a_sync_are_dropped_in_another_process_too(tmp_path):
+    folder = make_tiny_checkpoint(tmp_path / "model", tied=True)
+    with running(folder, block_size=32) as transport, closing(RemoteEngine(transport)) as engine:
+        policy = make_policy(folder, "fura")
+        sync = WeightSync(policy, engine, PROBE)
+        sync.sync()
+        check_that_a_sync_drops_the_cache(transport.llm, policy, sync)
 
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

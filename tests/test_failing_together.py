@@ -14,7 +14,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from fura_rl.sync import fold_rules, update_watch
+from fura_rl.sync import fold_rules, remote_engine, update_watch
+from fura_rl.sync.probe import StaleEngineError
 from fura_rl.sync.remote_engine import Follower, RemoteEngine
 from fura_rl.sync.weight_sync import WeightSync
 
@@ -64,18 +65,22 @@ def no_room_for_norms():
 
 
 def trainer(rank, failing, make_policy, bring_about, folder):
+    sync_of_two(rank, Worker(), make_policy, bring_about if rank == failing else None, folder)
+
+
+def sync_of_two(rank, worker, make_policy, bring_about, folder, **settings):
+    """The first sync of a policy in two pieces into `worker`; writes what it raised to `folder`."""
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=20))
     policy = make_policy()
     fully_shard(policy, mesh=init_device_mesh("cpu", (2,)))
-    worker = Worker()
     engine = Follower(torch.float32) if rank else RemoteEngine(worker)
-    sync = WeightSync(policy, engine, [1, 2], score=lambda *_: torch.zeros(1))
-    if rank == failing:
+    sync = WeightSync(policy, engine, [1, 2], score=lambda *_: torch.zeros(1), **settings)
+    if bring_about:
         bring_about()
     try:
         sync.sync()
-        words = "none"
+        words = f"none, {worker.commits}"
     except Exception as error:
         words = f"{type(error).__name__}: {error}"
     with open(f"{folder}/{rank}", "w") as file:
@@ -107,3 +112,43 @@ def test_a_process_that_owes_others_what_it_fails_to_compute_stops_all_of_them_w
     assert words[failing] == f"MemoryError: {fault.__name__.replace('_', ' ')}"
     assert words[1 - failing] == f"PeerFailedError: process {failing} of the trainer failed: {words[failing]}"
     assert served == 0, "what is owed is sent to no engine"
+
+
+class WrongFor(Worker):
+    """Serves other log-probs than the policy's at its first `times` probes."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.times = times
+
+    def prompt_logprobs(self, token_ids):
+        self.times -= 1
+        return torch.full((len(token_ids) - 1,), float(self.times >= 0))
+
+
+def prober(rank, times, folder):
+    sync_of_two(rank, WrongFor(times), whole_weights, None, folder, audit_every=0)
+
+
+def test_a_failing_probe_is_sent_once_more_by_all_processes_and_then_stops_them(tmp_path):
+    for times in (1, 2):
+        folder = tmp_path / str(times)
+        folder.mkdir()
+        mp.spawn(prober, (times, str(folder)), nprocs=2)
+        first, second = ((folder / str(rank)).read_text().rpartition("\n")[0] for rank in (0, 1))
+        if times == 1:
+            assert (first, second) == ("none, [1, 1]", "none, []")
+        else:
+            assert first.startswith(
+                "StaleEngineError: weight sync failed its proof: engine and trainer differ by 1 nats"
+            )
+            assert "sent once more; an audit finds no update" in first
+            assert second == f"PeerFailedError: process 0 of the trainer failed: {first}"
+
+
+def test_a_failing_probe_says_why_the_weights_could_not_be_sent_once_more(monkeypatch):
+    monkeypatch.setattr(remote_engine, "KEPT_BYTES", 0)
+    policy = nn.Sequential(nn.Linear(16, 16, bias=False))
+    sync = WeightSync(policy, RemoteEngine(WrongFor(9)), [1, 2], score=lambda *_: torch.zeros(1))
+    with pytest.raises(StaleEngineError, match=r"differ by 1 nats .*could not be sent once more: .* are not kept"):
+        sync.sync()

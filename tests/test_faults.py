@@ -1,5 +1,7 @@
 """Faults of the machine, each brought about for real: a port that is taken, a wrong token, no memory left."""
 
+import asyncio
+import json
 import re
 import resource
 import signal
@@ -17,6 +19,7 @@ import uvicorn
 from conftest import REPOSITORY, make_tiny_checkpoint
 from rollout_server import child_environment
 
+from fura_rl import serve
 from fura_rl.memory import MENDS, OutOfMemory, out_of_memory_in
 from fura_rl.serve import RequireToken, check, command, environment
 from fura_rl.sync.http_transport import HttpTransport
@@ -146,6 +149,53 @@ def guarded(monkeypatch):
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     server.should_exit = True
     thread.join(10)
+
+
+class PausedServer:
+    """The routes of vLLM's server that a watch over its pauses asks; notes what is posted beside the question."""
+
+    def __init__(self, paused, workers):
+        self.paused, self.workers, self.done = paused, workers, []
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "lifespan":
+            await asyncio.sleep(0.1)  # a server's life
+            return
+        assert dict(scope["headers"])[b"authorization"] == b"Bearer right"
+        body = json.loads((await receive())["body"] or "{}")
+        route = body.get("method", scope["path"])
+        if route not in ("fura_status", "/is_paused"):
+            self.done.append(route)
+        self.paused &= route != "/resume"
+        reply = {"is_paused": self.paused, "results": self.workers, "success": True}
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": json.dumps(reply).encode()})
+
+
+def of_worker(version, lease_ended):
+    return {"owner": "killed", "version": version, "lease_ended": lease_ended}
+
+
+RESUMED = ["/reset_prefix_cache", "/resume"]
+
+
+@pytest.mark.parametrize(
+    ("paused", "workers", "done"),
+    [
+        (True, [of_worker(3, True)], RESUMED),
+        (True, [of_worker(3, True), of_worker(3, True)], RESUMED),
+        (True, [of_worker(3, True), of_worker(2, True)], ["fura_poison", *RESUMED]),
+        (True, [of_worker(3, True), of_worker(3, False)], []),
+        (False, [of_worker(3, True)], []),
+    ],
+    ids=["lost", "lost by two workers", "lost in the commit of one of two", "owned", "running"],
+)
+def test_a_server_that_is_paused_goes_on_once_its_trainers_lease_has_ended(monkeypatch, paused, workers, done):
+    monkeypatch.setenv("FURA_ROLLOUT_TOKEN", "right")
+    monkeypatch.setattr(serve, "PAUSE_CHECK_SECONDS", 0.01)
+    server = PausedServer(paused, workers)
+    asyncio.run(serve.ResumeForLostTrainer(server)({"type": "lifespan", "app": server}, None, None))
+    assert server.done == done
 
 
 @pytest.mark.parametrize("token", ["wrong", None, "right "])

@@ -187,6 +187,41 @@ def requests_are_running(server):
     )
 
 
+def kill_at_the_pause(server, client, monkeypatch):
+    """The next sync loses its server after everything was staged, before the commit."""
+    pause = client.engine.transport.pause
+
+    def killed_mid_sync():
+        monkeypatch.undo()
+        server.kill()
+        pause()
+
+    monkeypatch.setattr(client.engine.transport, "pause", killed_mid_sync)
+
+
+def test_a_server_killed_between_stage_and_commit_is_brought_to_the_version_of_that_sync(
+    trainer, rollout_server, monkeypatch
+):
+    policy, sync, client = trainer
+    perturb_trained(policy, 0.2, seed=5)
+    kill_at_the_pause(rollout_server, client, monkeypatch)
+    killed = set(rollout_server.processes())
+    thread, done = in_background(sync.sync)
+    while killed & set(rollout_server.processes()):
+        assert thread.is_alive(), done
+        time.sleep(0.1)
+    rollout_server.wait_until_up()
+    up = time.monotonic()
+    thread.join(240)
+    report, finished = done[0]
+    assert not isinstance(report, Exception), report
+    assert report.probe_max_gap < PARITY_NATS
+    assert finished - up < RECOVERY_SECONDS
+    assert client.engine.serves_last()
+    output = client.generate(PROMPTS, **SAMPLING)
+    assert sampled_from(policy, output, PROMPTS, SAMPLING["n"]) < PARITY_NATS
+
+
 def test_a_server_that_comes_back_with_another_base_is_refused_by_name_and_then_recovers(
     trainer, rollout_server, tmp_path, monkeypatch
 ):
@@ -195,14 +230,7 @@ def test_a_server_that_comes_back_with_another_base_is_refused_by_name_and_then_
     shutil.copy(weights, tmp_path / "kept")
     other = make_tiny_checkpoint(tmp_path / "other", tied=False, seed=1) / "model.safetensors"
     perturb_trained(policy, 0.2, seed=2)
-    pause = client.engine.transport.pause
-
-    def killed_mid_sync():  # after everything was staged, before the commit
-        monkeypatch.undo()
-        rollout_server.kill()
-        pause()
-
-    monkeypatch.setattr(client.engine.transport, "pause", killed_mid_sync)
+    kill_at_the_pause(rollout_server, client, monkeypatch)
     os.replace(other, weights)
     try:
         with pytest.raises(RemoteSyncError, match=r"another base model .*model\.layers\.0\.self_attn\.q_proj\.weight"):
@@ -355,12 +383,16 @@ def test_a_second_trainer_is_refused_while_the_first_lives(trainer, rollout_serv
         WeightSync(policy_of("lora", rollout_server.model), RemoteEngine(transport), TOKENS)
 
 
-def test_a_trainer_killed_between_stage_and_commit_leaves_a_server_that_the_next_one_claims(rollout_server):
+def run_trainer_that_is_killed_in_its_pause(rollout_server):
     child = subprocess.run(
         [sys.executable, "-c", KILLED_TRAINER, rollout_server.url, str(rollout_server.model)],
         capture_output=True, text=True, timeout=300, cwd=REPOSITORY / "tests", env=child_environment(),
     )  # fmt: skip
     assert child.returncode == -signal.SIGKILL, child.stderr[-3000:]
+
+
+def test_a_trainer_killed_between_stage_and_commit_leaves_a_server_that_the_next_one_claims(rollout_server):
+    run_trainer_that_is_killed_in_its_pause(rollout_server)
     policy = policy_of("lora", rollout_server.model)
     engine = RemoteEngine(HttpTransport(rollout_server.url))
     started = time.monotonic()
@@ -368,6 +400,18 @@ def test_a_trainer_killed_between_stage_and_commit_leaves_a_server_that_the_next
     assert 0.4 < time.monotonic() - started < KILLED_TRAINERS_LEASE + 5
     assert sync.sync().probe_max_gap < PARITY_NATS
     engine.close()
+
+
+def test_a_server_whose_trainer_was_killed_in_its_pause_generates_again_without_another(rollout_server):
+    rollout_server.wait_until_up()
+    run_trainer_that_is_killed_in_its_pause(rollout_server)
+    transport = HttpTransport(rollout_server.url, timeout=KILLED_TRAINERS_LEASE + RECOVERY_SECONDS)
+    assert transport.request("GET", "/is_paused")["is_paused"]
+    [before] = transport.call("fura_status")
+    assert transport.prompt_logprobs(TOKENS).isfinite().all()  # waits in the server's queue
+    assert not transport.request("GET", "/is_paused")["is_paused"]
+    [after] = transport.call("fura_status")
+    assert after | {"lease_ended": False} == before, "the version, the owner and what was staged are as they were"
 
 
 KILLED_TRAINERS_LEASE = 8

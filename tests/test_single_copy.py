@@ -13,6 +13,7 @@ from fura_rl.config import parse_arguments
 from fura_rl.run import finish, prepare_run, train
 from fura_rl.sync.factors import fold_slice
 from fura_rl.sync.fold import BaseSlices, checkpoint_weights
+from fura_rl.sync.probe import StaleEngineError
 from fura_rl.sync.single_copy import SingleCopyEngine
 from fura_rl.sync.vllm_model import PoisonedEngineError
 from fura_rl.sync.weight_sync import WeightSync
@@ -91,6 +92,33 @@ def test_a_fold_in_place_is_the_fold_into_another_tensor(bfloat16_checkpoint, ad
             fold_slice(BaseSlices(pristine), weight.factors(), (0, rows), (0, columns), expected)
             weight.parameter.data = live
             assert torch.equal(live, expected), weight.name
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_failing_probe_is_sent_once_more_from_the_base_weights(share, tied_checkpoint, monkeypatch, times):
+    policy = policy_of("dora", tied_checkpoint)  # its scale is made from the base weights
+    engine = share(tied_checkpoint, policy)
+    sync = WeightSync(policy, engine, PROBE, probe_every=1, audit_every=0)
+    sync.sync()
+    perturb_trained(policy, 0.2, seed=0)
+    write, skipped = engine.model._write_module, []
+
+    def skips(module, *args):
+        if module == "model.layers.1.self_attn.o_proj" and len(skipped) < times:
+            skipped.append(module)
+        else:
+            write(module, *args)
+
+    monkeypatch.setattr(engine.model, "_write_module", skips)
+    if times == 1:
+        assert sync.sync().probe_max_gap < PARITY_NATS
+    else:
+        with pytest.raises(
+            StaleEngineError, match=r"an audit finds 1 of 14 modules stale: .*layers\.1\.self_attn\.o_proj"
+        ):
+            sync.sync()
+    engine.restore()
+    assert sync.sync().probe_max_gap < PARITY_NATS, "and the policy has its base weights"
 
 
 def test_the_engine_refuses_to_generate_while_the_policy_has_its_weights(share, tied_checkpoint):

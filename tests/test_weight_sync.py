@@ -7,6 +7,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import ModelConfig
+from vllm import SamplingParams
 
 from fura_rl.adapters.fura_tuner import fura_layers
 from fura_rl.adapters.registry import METHODS, peft_config_for
@@ -350,12 +351,94 @@ def test_one_layer_left_out_of_the_sync_stops_the_run(engines, monkeypatch):
         sync.sync()
 
 
-def test_a_stale_tied_output_head_stops_the_run(engines, monkeypatch):
-    policy, sync = make_sync(*engines("tied"), "full")
+@pytest.mark.parametrize("audited_before", [True, False])
+def test_a_probe_that_fails_twice_names_what_an_audit_then_finds_stale(engines, monkeypatch, audited_before):
+    policy, sync = make_sync(*engines("tied"), "fura")
+    sync.audits.every = 0
+    if not audited_before:
+        sync.audit = KernelAudit()
     perturb_trained(policy, 0.2, seed=0)
-    monkeypatch.setattr(sync.engine.model, "_repack_tied_head", lambda written: None)
-    with pytest.raises(probe.StaleEngineError):
+    skipped = "model.layers.1.self_attn.o_proj"
+    leave_out(sync, monkeypatch, lambda module: module == skipped)
+    with pytest.raises(
+        probe.StaleEngineError, match=rf"proof: .*once more; an audit finds 1 of 14 modules stale: {skipped}\.weight"
+    ):
         sync.sync()
+    assert sync.sync().probe_max_gap < PARITY_NATS
+
+
+def test_a_write_that_fails_once_is_repeated_for_a_failing_probe_too(engines, monkeypatch, caplog):
+    policy, sync = make_sync(*engines("tied"), "fura")
+    sync.audits.every = 0
+    perturb_trained(policy, 0.2, seed=0)
+    leave_out(sync, monkeypatch, lambda module: module == "model.layers.0.mlp.down_proj", times=1)
+    assert sync.sync().probe_max_gap < PARITY_NATS
+    assert "a part of the weights did not arrive" in caplog.text
+    assert "the probe is passed by the weights that were sent once more" in caplog.text
+
+
+@pytest.mark.parametrize("audit_every", [0, 1])
+def test_a_probe_that_fails_with_every_weight_in_its_place_says_so(engines, monkeypatch, audit_every):
+    policy, sync = make_sync(*engines("tied"), "fura")
+    sync.audits.every = audit_every
+    perturb_trained(policy, 0.2, seed=0)
+    scored, pushes, push = sync.engine.prompt_logprobs, [], sync.engine.push
+    monkeypatch.setattr(sync.engine, "prompt_logprobs", lambda tokens: scored(tokens) + 0.01)
+    monkeypatch.setattr(sync.engine, "push", lambda update: pushes.append(update) or push(update))
+    with pytest.raises(probe.StaleEngineError, match=r"once more; an audit finds none of 14 modules stale"):
+        sync.sync()
+    assert len(pushes) == 2
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "fault", "named"),
+    [
+        ("tied", "model.embed_tokens", "model.embed_tokens"),
+        ("tied", "the head's own copy", "model.embed_tokens"),
+        ("untied", "model.embed_tokens", "model.embed_tokens"),
+        ("untied", "lm_head", "lm_head"),
+        ("untied", "the head's own copy", "lm_head"),
+    ],
+)
+def test_the_audit_names_an_embedding_or_an_output_head_left_behind_alone(
+    engines, monkeypatch, checkpoint, fault, named
+):
+    policy, sync = make_sync(*engines(checkpoint), "full")
+    perturb_trained(policy, 0.2, seed=0)
+    leave_out(sync, monkeypatch, lambda module: module == fault)
+    if fault == "the head's own copy":
+        monkeypatch.setattr(sync.engine.model, "_repack_tied_head", lambda written: None)
+    modules = {"tied": 15, "untied": 16}[checkpoint]
+    with pytest.raises(
+        probe.StaleEngineError, match=rf"audit: 1 of {modules} modules .*twice: {named}\.weight \(gain -?0\.0"
+    ):
+        sync.sync()
+
+
+def test_nothing_is_sampled_from_keys_and_values_that_were_cached_before_a_sync(tied_checkpoint):
+    llm = start_llm(tied_checkpoint, block_size=32)
+    policy, sync = make_sync(InProcessEngine(llm), tied_checkpoint, "fura")
+    check_that_a_sync_drops_the_cache(llm, policy, sync)
+
+
+def check_that_a_sync_drops_the_cache(llm, policy, sync):
+    sync.probe_every = 10**9  # a probe drops what is cached itself
+    prompt = [5 + i % 40 for i in range(100)]  # three blocks of the cache, and a rest
+
+    def sampled():
+        params = SamplingParams(temperature=0.0, max_tokens=16, logprobs=0)
+        return llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)[0]
+
+    sampled()
+    assert sampled().num_cached_tokens == 96, "the engine must cache prefixes, or nothing is shown here"
+    perturb_trained(policy, 2.0, seed=1)
+    assert sync.sync().probe_max_gap is None
+    output = sampled()
+    [completion] = output.outputs
+    scored = probe.trainer_logprobs(policy, [*prompt, *completion.token_ids])[len(prompt) - 1 :]
+    served = [entry[token].logprob for entry, token in zip(completion.logprobs, completion.token_ids, strict=True)]
+    assert probe.max_gap(torch.tensor(served), scored) < PARITY_NATS
+    assert output.num_cached_tokens == 0
 
 
 def test_non_finite_weights_stop_the_run_and_the_engine_recovers(engines):

@@ -79,5 +79,5 @@ def check(
     raise StaleEngineError(
         f"weight sync failed its proof: engine and trainer differ by {gap:.4g} nats at probe token {token + 1} "
         f"(engine {engine[token]:.4f}, trainer {trainer[token]:.4f}, tolerance {tolerance:g} for {engine_dtype}). "
-        f"Likely cause: {cause}. Rollouts would come from another policy than the one trained, so the run stops here"
+        f"Likely cause: {cause}"
     )

@@ -243,6 +243,7 @@ class Receiver:
             "pid": os.getpid(),
             "version": self.version,
             "owner": self.owner,
+            "lease_ended": self.owner is not None and self._lease_ends <= time.monotonic(),
             "staged": None if self._staged is None else self._staged.version,
             "poisoned": self.model.poisoned,
             "phases": self.phases,

@@ -133,6 +133,11 @@ def decided_by_the_first(decide: Callable[[], Any]) -> Any:
     return of_every_process(decide() if dist.get_rank() == 0 else None)[0]
 
 
+def in_any_process(value: bool) -> bool:
+    """Whether it is so in one process at least, said in all of them.  Collective."""
+    return any(of_every_process(value)) if several_processes() else value
+
+
 @contextmanager
 def failing_together() -> Iterator[None]:
     """Where one process fails in here, all of them do: nobody waits in a collective that the other never enters.

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,15 +24,18 @@ from fura_rl.sync.factors import Factors
 from fura_rl.sync.fingerprint import Sample, base_sample
 from fura_rl.sync.fold import BaseSlices, CheckpointWeight, checkpoint_weights
 from fura_rl.sync.fold_rules import shifts_its_base, small_factors
-from fura_rl.sync.remote_engine import Follower, NotKeptError
+from fura_rl.sync.remote_engine import EngineLostError, Follower, NotKeptError
 from fura_rl.sync.rounding import ROUNDINGS
-from fura_rl.sync.sharding import decided_by_the_first, failing_together, gathered, is_piece, local
+from fura_rl.sync.sharding import decided_by_the_first, failing_together, gathered, in_any_process, is_piece, local
 from fura_rl.sync.shared_audit import SharedKernels, worst_gains
 from fura_rl.sync.update_watch import UpdateWatch
 
 logger = logging.getLogger(__name__)
 
 SYNC_MODES = ("auto", "dense", "factored")
+STOPS = "Rollouts would come from another policy than the one trained, so the run stops here"
+
+Delivered = TypeVar("Delivered")
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,16 @@ class SyncReport:
             "sync/update_cosine": self.update_cosine,
         }
         return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What a sync has sent, to be sent once more where the probe does not accept it."""
+
+    weights: list[CheckpointWeight]
+    watch: UpdateWatch
+    shared: bool  # whether every process audits the rows that it holds
+    gains: dict[str, float] | None  # its audit's, all fresh; None where it had none
 
 
 class WeightSync:
@@ -213,13 +227,8 @@ class WeightSync:
         audited = decided_by_the_first(
             lambda: self.audits.due(self.version, self._unproved, self.rollout_seconds(), self._syncs_since_audit)
         )
-        watch = UpdateWatch(
-            self.audit if audited else None,  # what the engine must compute is noted anew at the next audit
-            self.engine.dtype,
-            self._checkpoint_read,
-            processes=dist.get_world_size() if shared else 1,
-            looks=shared or not self.follows,
-        )
+        # without an audit what the engine must compute is noted anew at the next
+        watch = self._watch(self.audit if audited else None, shared)
         probed = self._unproved or self.version % self.probe_every == 0
         clock.append(time.perf_counter())
         # before the push: where policy and engine share their storage, the policy's forward would undo it
@@ -232,7 +241,8 @@ class WeightSync:
             gains = self._audit(shared) if audited and (shared or not self.follows) else {}
         clock.append(time.perf_counter())
         self.version += 1
-        gap = None if expected is None else self._probe(expected)
+        delivery = Delivery(chosen, watch, shared, gains if audited else None)
+        gap = None if expected is None else self._probe(expected, delivery)
         self._first = self._unproved = False
         clock.append(time.perf_counter())
         _, scoring, _, auditing, probing = (after - before for before, after in itertools.pairwise(clock))
@@ -268,21 +278,21 @@ class WeightSync:
             or (weight.quantized is not None and parent_of(weight.module_name) in parents)
         }
 
+    def _watch(self, audit: KernelAudit | None, shared: bool) -> UpdateWatch:
+        return UpdateWatch(
+            audit,
+            self.engine.dtype,
+            self._checkpoint_read,
+            processes=dist.get_world_size() if shared else 1,
+            looks=shared or not self.follows,
+        )
+
     def _push(self, chosen: list[CheckpointWeight], watch: UpdateWatch, shared: bool) -> Push:
         """Hand `chosen` to the engine, noting what each of its kernels must compute afterwards."""
-        seed = None
+        self._rounding_seed = None
         if self.rounding == "stochastic" and self.engine.dtype.itemsize == 2:
-            seed = hash((self.seed, self.version)) % 2**62
-
-        begun: set[str] = set()
-
-        def make(weight: CheckpointWeight) -> Factors:
-            begun.add(weight.name)
-            factors = self._factors(weight)
-            watch.note(weight, factors, seed)
-            return factors
-
-        factors = LazyFactors({weight.name: functools.partial(make, weight) for weight in chosen})
+            self._rounding_seed = hash((self.seed, self.version)) % 2**62
+        factors = LazyFactors({weight.name: functools.partial(self._make, weight) for weight in chosen})
         sent_before = {
             name: functools.partial(self._factors, weight)
             for name, weight in self.weights.items()
@@ -293,23 +303,38 @@ class WeightSync:
             previous=self.version,
             factors=factors,
             read=lambda name: self.weights[name].read(),
-            rounding_seed=seed,
+            rounding_seed=self._rounding_seed,
             read_once=shared,
             sent_before=LazyFactors(sent_before),
         )
-        try:
-            push = self.engine.push(update)
-            for weight in chosen:
-                if not watch.saw(weight):  # the engine never asked for it: then the audit must miss it
-                    make(weight)
-        except Exception:
-            if shared:
-                self._gather_along([weight for weight in chosen if weight.name not in begun])
-            raise
+        push = self._watched(lambda: self.engine.push(update), chosen, watch, shared)
         phases = dict(push.phases)
         phases["fold"] = max(0.0, phases.get("fold", 0.0) - watch.seconds)
         watch.finish()
         return Push(push.payload_bytes, phases)
+
+    def _watched(
+        self, deliver: Callable[[], Delivered], chosen: list[CheckpointWeight], watch: UpdateWatch, shared: bool
+    ) -> Delivered:
+        """`deliver()`, with `watch` looking at every weight of `chosen` on its way."""
+        self._looking, self._begun = watch, set()
+        try:
+            delivered = deliver()
+            for weight in chosen:
+                if not watch.saw(weight):  # the engine never asked for it: then the audit must miss it
+                    self._make(weight)
+        except Exception:
+            if shared:
+                self._gather_along([weight for weight in chosen if weight.name not in self._begun])
+            raise
+        return delivered
+
+    def _make(self, weight: CheckpointWeight) -> Factors:
+        """What an engine is sent of `weight`, whenever it asks for it."""
+        self._begun.add(weight.name)
+        factors = self._factors(weight)
+        self._looking.note(weight, factors, self._rounding_seed)
+        return factors
 
     def _gather_along(self, weights: Iterable[CheckpointWeight]) -> None:
         """Take part in the gathers of `weights`, in which the other processes wait for this one, which has failed."""
@@ -346,28 +371,56 @@ class WeightSync:
             StaleEngineError: naming the modules that did not take their weights twice, or once where they are not kept.
         """
         self._expect_of_experts()
-        kernels = SharedKernels(self.engine) if shared else self.engine
         syncs, self._syncs_since_audit = self._syncs_since_audit, 0
-        own = self.audit.gains(kernels, syncs)
-        gains = worst_gains(own) if shared else own
+        own, gains = self._gains(shared, syncs)
         if stale := stale_modules(gains, syncs):
             logger.warning("weight sync: %s did not take the new weights; sending them once more", ", ".join(stale))
             try:
-                kernels.resend()
+                (SharedKernels(self.engine) if shared else self.engine).resend()
             except NotKeptError as error:
                 raise probe.StaleEngineError(stale_message(stale, gains, syncs, f"once, and {error}")) from error
-            own = self.audit.gains(kernels, syncs)
-            gains = worst_gains(own) if shared else own
+            own, gains = self._gains(shared, syncs)
         if stale := stale_modules(gains, syncs):
             raise probe.StaleEngineError(stale_message(stale, gains, syncs))
         self.audit.accept(own)
         return gains
 
-    def _probe(self, trainer: torch.Tensor) -> float | None:
-        """The largest gap between the policy's log-probs of the probe, `trainer`, and the engine's."""
-        gap = None
+    def _gains(self, shared: bool, syncs: int) -> tuple[dict[str, float], dict[str, float]]:
+        """The gains of the engine's kernels at the rows that this process looks at, and the worst of all processes'."""
+        own = self.audit.gains(SharedKernels(self.engine) if shared else self.engine, syncs)
+        return own, worst_gains(own) if shared else own
+
+    def _probe(self, trainer: torch.Tensor, delivery: Delivery) -> float | None:
+        """The largest gap between the policy's log-probs of the probe, `trainer`, and the engine's.
+
+        Where an engine of any process fails, every process sends its weights once more before the run is stopped.
+
+        Raises:
+            StaleEngineError: where it fails twice, with the modules that an audit finds stale, due or not.
+        """
+        gap, failure = self._compare(trainer)
+        if in_any_process(failure is not None):
+            if failure:
+                logger.warning("%s. Sending the weights once more", failure)
+            self._resend(delivery, failure)
+            gap, failure = self._compare(trainer)
+            if in_any_process(failure is not None):
+                with failing_together():
+                    found = self._audit_words(delivery) if delivery.shared or not self.follows else ""
+                with failing_together():
+                    if failure:
+                        again = f"so they do after the weights were sent once more; {found}"
+                        raise probe.StaleEngineError(f"{failure}; {again}. {STOPS}")
+            logger.warning("weight sync: the probe is passed by the weights that were sent once more")
+        self._previous_logprobs = trainer
+        return gap
+
+    def _compare(self, trainer: torch.Tensor) -> tuple[float | None, probe.StaleEngineError | None]:
+        """The probe's gap, or what it fails by."""
         with failing_together():
-            if not self.follows:
+            try:
+                if self.follows:
+                    return None, None
                 gap = probe.check(
                     self.engine.prompt_logprobs(self.probe_token_ids),
                     trainer,
@@ -376,8 +429,41 @@ class WeightSync:
                     engine_dtype=self.engine.dtype,
                     trainer_dtype=self.compute_dtype,
                 )
-        self._previous_logprobs = trainer
-        return gap
+            except probe.StaleEngineError as failure:
+                return None, failure
+            return gap, None
+
+    def _resend(self, delivery: Delivery, failure: probe.StaleEngineError | None) -> None:
+        """Send what was `delivery`, noting for `_audit_words` what was not noted for an audit.
+
+        It is noted now and not when it is asked for: an engine that shares the policy's storage has the base weights
+        only until it has folded them.
+
+        Raises:
+            StaleEngineError: of the `failure`, where the weights cannot be sent again.
+        """
+        watch = delivery.watch if delivery.gains is not None else self._watch(self.audit, delivery.shared)
+        with failing_together():
+            try:
+                self._watched(self.engine.resend, delivery.weights, watch, delivery.shared)
+                watch.finish()
+            except (EngineLostError, NotKeptError) as lost:
+                if failure is None:
+                    raise
+                raise probe.StaleEngineError(f"{failure}. It could not be sent once more: {lost}. {STOPS}") from lost
+
+    def _audit_words(self, delivery: Delivery) -> str:
+        """What an audit of the engine says.  Collective where it is shared."""
+        gains, stale, syncs = delivery.gains, [], self._syncs_since_audit
+        if gains is None:
+            self._expect_of_experts()
+            _, gains = self._gains(delivery.shared, syncs)
+            stale = stale_modules(gains, syncs)
+        if stale:
+            return f"an audit finds {len(stale)} of {len(gains)} modules stale: {shown_modules(stale, gains)}"
+        if gains:
+            return f"an audit finds none of {len(gains)} modules stale, so it is no weight that has not arrived"
+        return "an audit finds no update that is large enough to judge a module by"
 
 
 def parent_of(module_name: str) -> str:
@@ -385,8 +471,6 @@ def parent_of(module_name: str) -> str:
 
 
 def stale_message(stale: list[str], gains: dict[str, float], syncs: int, sent: str = "twice") -> str:
-    shown = ", ".join(f"{name} (gain {gains[name]:.2f})" for name in stale[:8])
-    more = f" and {len(stale) - 8} more" if len(stale) > 8 else ""
     before = "the sync before" if syncs == 1 else f"one of the {syncs} syncs before, which were not audited"
     cause = (
         f"nothing of this sync arrived: the engine still serves the weights of {before}"
@@ -395,9 +479,14 @@ def stale_message(stale: list[str], gains: dict[str, float], syncs: int, sent: s
     )
     return (
         f"weight sync failed its audit: {len(stale)} of {len(gains)} modules do not compute with the weights they were "
-        f"sent, {sent}: {shown}{more}. Gain 1 is fresh, 0 stale, nan no finite answer. Likely cause: {cause}. Rollouts "
-        "would come from another policy than the one trained, so the run stops here"
+        f"sent, {sent}: {shown_modules(stale, gains)}. Gain 1 is fresh, 0 stale, nan no finite answer. Likely cause: "
+        f"{cause}. {STOPS}"
     )
+
+
+def shown_modules(stale: list[str], gains: dict[str, float]) -> str:
+    shown = ", ".join(f"{name} (gain {gains[name]:.2f})" for name in stale[:8])
+    return shown + (f" and {len(stale) - 8} more" if len(stale) > 8 else "")
 
 
 def starts_of_shifted_bases(weights: Iterable[CheckpointWeight], model: nn.Module) -> dict[str, Factors]:
