@@ -85,7 +85,7 @@ class FactoredWeightTransfer:
 
 
 class RestartableEngine(RemoteEngine):
-    """A server that tells when it has lost the policy's weights and got them back, in a sync or between two.
+    """A server that tells when it had other weights than the policy's and got them back, in a sync or between two.
 
     `on_restored` is called as soon as what it samples is the policy's again.
     """
@@ -98,6 +98,11 @@ class RestartableEngine(RemoteEngine):
         phases = super().restore(timeout)
         self._on_restored()
         return phases
+
+    def resend(self) -> None:
+        """Also disowns what was sampled in between, from weights that the proof has not accepted."""
+        super().resend()
+        self._on_restored()
 
 
 class VouchedQueue:
@@ -207,8 +212,8 @@ class FuraAsyncGRPOTrainer(AsyncGRPOTrainer):
     def _disown_rollouts(self) -> None:
         """Count so far on that TRL drops, as too old, every rollout that is queued or under way."""
         logger.warning(
-            "the rollout server lost the policy's weights and has them again; rollouts queued or under way may "
-            "be the base model's and are dropped"
+            "the rollout server lost the policy's weights, or had not taken them all, and has them again; rollouts "
+            "queued or under way may be of others and are dropped"
         )
         self._count_versions(self.args.max_staleness + 1)
 

@@ -252,10 +252,12 @@ def test_autocast_is_around_the_forward_of_every_contender_and_recorded(autocast
     def watched(linear):
         contenders = make_contenders(linear)
         for name, contender in contenders.items():
-            contender.register_forward_hook(lambda module, inputs, output, name=name: watch(name, output))
+            contender.register_forward_hook(lambda module, inputs, output, name=name: watch(name, inputs[0], output))
         return contenders
 
-    def watch(name, output):
+    def watch(name, x, output):
+        if x.dtype == torch.float32:  # the reference of its gradients, a copy
+            return
         found = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
         forwards.setdefault(name, set()).add(found)
         if output.requires_grad:

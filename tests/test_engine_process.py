@@ -54,8 +54,6 @@ MORE_METHODS = (
 @pytest.fixture(scope="module", params=[("tied", 1), ("untied", 2)], ids=["one worker", "two workers"])
 def engine_process(request, tmp_path_factory):
     kind, workers = request.param
-    if workers > (os.cpu_count() or 1):
-        pytest.skip(f"{workers} workers need as many cores")
     folder = make_tiny_checkpoint(tmp_path_factory.mktemp(kind), tied=kind == "tied")
     with running(folder, workers=workers, worker_extension_cls="forgetful_worker.ForgetfulWorker") as transport:
         yield transport, folder
@@ -68,6 +66,8 @@ def running(folder, dtype="float32", workers=1, **options):
 
     from fura_rl.sync.vllm_engine import ProcessTransport, factored_sync_settings
 
+    if workers > (os.cpu_count() or 1):
+        pytest.skip(f"{workers} workers need as many cores")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
         if workers > 1:  # vLLM wants a memory node for each worker, or their cores by hand
@@ -193,9 +193,9 @@ def test_a_sync_of_the_weights_before_is_named_by_the_audit(engine_process, monk
     perturb_trained(policy, 0.1, seed=0)
     deliver, before = engine._deliver, engine._last
 
-    def deliver_before(message):
+    def deliver_before(message, *how):
         before.version = message.version
-        return deliver(before)
+        return deliver(before, *how)
 
     monkeypatch.setattr(engine, "_deliver", deliver_before)
     with pytest.raises(RuntimeError, match=r"14 of 14 modules .*nothing of this sync arrived"):

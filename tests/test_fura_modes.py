@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from conftest import TOLERANCE, perturb_trained, relative_error
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import save_as_lora
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -511,6 +511,17 @@ def test_a_deleted_core_form_leaves_the_base_model_and_room_for_another_adapter(
     model.add_adapter("next", FuraConfig(target_modules=["0"]))
     model.set_adapter("next")
     assert relative_error(model(x), plain) < TOLERANCE[torch.float32]
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert relative_error(model(x), plain) < TOLERANCE[torch.float32]
+
+
+def test_a_merged_core_form_is_no_tensor_of_the_model_or_of_its_file():
+    model = adapted(mlp(), form="core")
+    names, saved = set(model.state_dict()), set(get_peft_model_state_dict(model))
+    model.merge_adapter()
+    assert set(model.state_dict()) == names
+    assert set(get_peft_model_state_dict(model)) == saved
 
 
 def test_layers_that_fura_cannot_take_are_refused_by_name():

@@ -35,7 +35,7 @@ def engines(tied_checkpoint, untied_checkpoint, bfloat16_checkpoint):
     def get(name):
         if name not in started:
             dtype = "bfloat16" if name == "bfloat16" else "float32"
-            started[name] = InProcessEngine(start_llm(folders[name], dtype))
+            started[name] = InProcessEngine(start_llm(folders[name], dtype, block_size=32))
         return started[name], folders[name]
 
     return get
@@ -415,10 +415,9 @@ def test_the_audit_names_an_embedding_or_an_output_head_left_behind_alone(
         sync.sync()
 
 
-def test_nothing_is_sampled_from_keys_and_values_that_were_cached_before_a_sync(tied_checkpoint):
-    llm = start_llm(tied_checkpoint, block_size=32)
-    policy, sync = make_sync(InProcessEngine(llm), tied_checkpoint, "fura")
-    check_that_a_sync_drops_the_cache(llm, policy, sync)
+def test_nothing_is_sampled_from_keys_and_values_that_were_cached_before_a_sync(engines):
+    engine, folder = engines("tied")
+    check_that_a_sync_drops_the_cache(engine.llm, *make_sync(engine, folder, "fura"))
 
 
 def check_that_a_sync_drops_the_cache(llm, policy, sync):

@@ -161,8 +161,10 @@ class FuraLinear(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """To the device only: PEFT's cast to the base dtype would round what it makes float32 again afterwards."""
-        if adapter_name in self.fura_core and all(p.device.type != "meta" for p in self.fura_core.parameters()):
-            self.fura_core[adapter_name].to(device or self.get_base_layer().weight.device)
+        home = device or self.get_base_layer().weight.device
+        held = all(p.device.type != "meta" for p in self.fura_core.parameters())
+        if adapter_name in self.fura_core and held and home.type != "meta":
+            self.fura_core[adapter_name].to(home)
 
     # ---- weights
 
@@ -197,7 +199,7 @@ class FuraLinear(nn.Module, BaseTunerLayer):
         return self.get_base_weight() if self._set_aside is None else self._set_aside.dequantized
 
     def _large_layer(self) -> LargeCore:
-        return self.base_layer if self._set_aside is None else self._set_aside
+        return self.base_layer if self._set_aside is None else self._set_aside.core
 
     def _unfold(self, core: FuraCore, adapted: bool = True) -> torch.Tensor:
         """L C of a core form, laid out as the base weight is stored, in float32 or wider."""
@@ -249,7 +251,7 @@ class FuraLinear(nn.Module, BaseTunerLayer):
 
     def _put(self, folded: torch.Tensor) -> None:
         if self.owns_large_core:
-            self._set_aside = self._large_layer()
+            self._set_aside = SetAsideCore(self._large_layer())
             self.base_layer = self._dense_layer(folded)
         elif self.quantization_backend is not None:
             if self._set_aside is None:
@@ -266,7 +268,7 @@ class FuraLinear(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         if self.owns_large_core:
-            self.base_layer = self._set_aside
+            self.base_layer = self._set_aside.core.to(self.base_layer.weight)  # moved and cast with the model
         else:
             self._set_aside.restore(self.get_base_layer())
         self._set_aside = None
@@ -419,6 +421,13 @@ class DenseWeight:
         merged = base_layer.weight  # moved and cast with the model
         self.parameter.data = self.parameter.data.to(device=merged.device, dtype=merged.dtype)
         base_layer.weight = self.parameter
+
+
+class SetAsideCore:
+    """A large core set aside while a merged layer stands in its place: no submodule, or it would be saved and sent."""
+
+    def __init__(self, core: LargeCore) -> None:
+        self.core = core
 
 
 class QuantizedWeight:

@@ -57,7 +57,9 @@ def moved_contenders(settings: Settings, shape: tuple[int, int]) -> dict[str, nn
 
 
 def check_gradients(name: str, layer: nn.Module, x: torch.Tensor, settings: Settings) -> None:
-    """Against those of a copy of the layer in float32; raises as `measure.check`."""
+    """Against those of a copy of the layer in float32, which shows what rounding does and not a wrong formula; the one
+    of x that FuRA finds by hand also against that of its folded weight.  Raises as `measure.check`.
+    """
     exact, plain = copy.deepcopy(layer).float(), replace(settings, dtype=torch.float32, autocast=False)
     leaves = x.detach().requires_grad_(), x.detach().float().requires_grad_()
     grad = torch.randn_like(forward_of(layer, x, settings)().detach())
@@ -65,6 +67,9 @@ def check_gradients(name: str, layer: nn.Module, x: torch.Tensor, settings: Sett
     expected = gradients_of(exact, leaves[1], grad.float(), plain)()
     for i, pair in enumerate(zip(found, expected, strict=True)):
         measure.check(f"{name}, gradient {i}", *pair, settings.dtype)
+    if name == "fura":
+        folded = grad.float() @ exact.folded_weight(["default"])
+        measure.check("fura, gradient of x by its folded weight", found[0], folded, settings.dtype)
 
 
 def compare(

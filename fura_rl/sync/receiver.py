@@ -170,6 +170,7 @@ class Receiver:
             except Exception as error:
                 logger.warning("after %r the weights of before could not be put back: %r", failure, error)
             raise
+        self.renew(owner)  # a long fold outlasts the lease, and another trainer's claim may wait behind it
         self.version, self._staged, self._left_over = version, None, set()
         small = all(f.rule != "dense" for f in factors.values())
         self._applied, self._applied_seed = factors if small else None, rounding_seed

@@ -262,14 +262,17 @@ class RemoteEngine:
         self.transport.call("fura_renew", owner=self.owner)
 
     def close(self) -> None:
-        """Give the engine back at once instead of at the end of the lease, and do not leave it paused."""
+        """Give the engine back at once instead of at the end of the lease, and do not leave it paused.
+
+        One that cannot be resumed is left to its lease, at whose end `launch/serve_rollouts.py` resumes it.
+        """
         if self._heartbeat is not None:
             self._heartbeat.stop()
             self._heartbeat = None
         if self._paused:
             with contextlib.suppress(EngineLostError, RemoteSyncError):
                 self._resume()
-        if self._claim:
+        if self._claim and not self._paused:
             self.transport.call("fura_release", owner=self.owner)
 
     def serves_last(self) -> bool:
@@ -302,14 +305,14 @@ class RemoteEngine:
             self.transport.wait_until_up(max(0.0, deadline - time.monotonic()))
             try:
                 self.claim()
-                return self._deliver_last(from_nothing=True)
+                return self._deliver_last()
             except EngineLostError:  # a dying server answers /health for a moment
                 if not self._last.can_be_sent or time.monotonic() > deadline:
                     raise
             time.sleep(0.5)
 
     def resend(self) -> None:
-        """Stage and commit the last version once more.
+        """Stage and commit the last version once more.  An engine lost meanwhile is waited for.
 
         Raises:
             NotKeptError: where it was too large to be kept.
@@ -319,9 +322,10 @@ class RemoteEngine:
                 f"version {self._last.version} cannot be sent to {self.transport.address} again, since whole weights "
                 f"of more than {KEPT_BYTES / 2**30:g} GiB are not kept"
             )
-        self._deliver_last()
+        self._deliver_once(self._last)
 
-    def _deliver_last(self, from_nothing: bool = False) -> dict[str, float]:
+    def _deliver_last(self) -> dict[str, float]:
+        """To an engine that starts from nothing but its checkpoint."""
         if not self._last.version:  # nothing was ever sent: the next push is the first
             if self._paused:
                 self._resume()
@@ -331,7 +335,7 @@ class RemoteEngine:
                 f"{self.transport.address} lost its weights, and whole weights of more than {KEPT_BYTES / 2**30:g} GiB "
                 "are not kept to be sent again: resume from the last checkpoint"
             )
-        return self._deliver(self._last, from_nothing)
+        return self._deliver(self._last, from_nothing=True)
 
     def push(self, update: Update) -> Push:
         """Stage while the engine generates, pause, commit, resume.  An engine lost meanwhile is waited for.
@@ -390,7 +394,8 @@ class RemoteEngine:
     def _deliver(self, message: Message, from_nothing: bool = False) -> dict[str, float]:
         """Stage one chunk after another, then commit; seconds by phase, without those of the encoding.
 
-        An engine that starts `from_nothing` but its checkpoint gets with it what was sent before.
+        An engine that starts `from_nothing` but its checkpoint gets with it what was sent before, whose encoding counts
+        as staging.
         """
         clock, encoded = [time.perf_counter()], message.encode_seconds
         serves = {reply["version"] for reply in self._checked("fura_status")}

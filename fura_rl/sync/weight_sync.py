@@ -24,7 +24,7 @@ from fura_rl.sync.factors import Factors
 from fura_rl.sync.fingerprint import Sample, base_sample
 from fura_rl.sync.fold import BaseSlices, CheckpointWeight, checkpoint_weights
 from fura_rl.sync.fold_rules import shifts_its_base, small_factors
-from fura_rl.sync.remote_engine import EngineLostError, Follower, NotKeptError
+from fura_rl.sync.remote_engine import EngineLostError, Follower, NotKeptError, RemoteSyncError
 from fura_rl.sync.rounding import ROUNDINGS
 from fura_rl.sync.sharding import decided_by_the_first, failing_together, gathered, in_any_process, is_piece, local
 from fura_rl.sync.shared_audit import SharedKernels, worst_gains
@@ -33,7 +33,7 @@ from fura_rl.sync.update_watch import UpdateWatch
 logger = logging.getLogger(__name__)
 
 SYNC_MODES = ("auto", "dense", "factored")
-STOPS = "Rollouts would come from another policy than the one trained, so the run stops here"
+SO_IT_STOPS = "Rollouts would come from another policy than the one trained, so the run stops here"
 
 Delivered = TypeVar("Delivered")
 
@@ -148,6 +148,8 @@ class WeightSync:
         self._unproved = True  # what reaches it next is no step of what was proved before
         self._syncs_since_audit = 0
         self._previous_logprobs: torch.Tensor | None = None
+        self._rounding_seed: int | None = None  # of the last push
+        self._begun: set[str] = set()  # weights of the last delivery whose making, and gathering, has begun
         self.weights = self._current_weights()
         if mode == "factored":
             refuse_without_small_form(self.weights.values())
@@ -161,7 +163,9 @@ class WeightSync:
         self._unproved = True
 
     def version_served(self) -> int:
-        """The version that rollouts come from.
+        """The version that this trainer has brought the engine to, from which rollouts come.
+
+        That a server still holds it is asked before and after they are sampled (`RolloutClient`).
 
         Raises:
             StaleEngineError: where it is not that of the last sync.
@@ -169,7 +173,7 @@ class WeightSync:
         if self.engine.version != self.version:
             raise probe.StaleEngineError(
                 f"rollouts were sampled from version {self.engine.version} of the policy, and the last sync brought "
-                f"the engine to version {self.version}: something else wrote to it. Resume from the last checkpoint"
+                f"the engine to version {self.version}: another sync wrote to it. Resume from the last checkpoint"
             )
         return self.version
 
@@ -387,8 +391,12 @@ class WeightSync:
 
     def _gains(self, shared: bool, syncs: int) -> tuple[dict[str, float], dict[str, float]]:
         """The gains of the engine's kernels at the rows that this process looks at, and the worst of all processes'."""
-        own = self.audit.gains(SharedKernels(self.engine) if shared else self.engine, syncs)
-        return own, worst_gains(own) if shared else own
+        if not shared:
+            own = self.audit.gains(self.engine, syncs)
+            return own, own
+        with failing_together():
+            own = self.audit.gains(SharedKernels(self.engine), syncs)
+        return own, worst_gains(own)
 
     def _probe(self, trainer: torch.Tensor, delivery: Delivery) -> float | None:
         """The largest gap between the policy's log-probs of the probe, `trainer`, and the engine's.
@@ -396,7 +404,8 @@ class WeightSync:
         Where an engine of any process fails, every process sends its weights once more before the run is stopped.
 
         Raises:
-            StaleEngineError: where it fails twice, with the modules that an audit finds stale, due or not.
+            StaleEngineError: where it fails twice, with the modules that an audit finds stale, due or not; where it
+                fails once, if the weights cannot be sent again.
         """
         gap, failure = self._compare(trainer)
         if in_any_process(failure is not None):
@@ -410,7 +419,7 @@ class WeightSync:
                 with failing_together():
                     if failure:
                         again = f"so they do after the weights were sent once more; {found}"
-                        raise probe.StaleEngineError(f"{failure}; {again}. {STOPS}")
+                        raise probe.StaleEngineError(f"{failure}; {again}. {SO_IT_STOPS}")
             logger.warning("weight sync: the probe is passed by the weights that were sent once more")
         self._previous_logprobs = trainer
         return gap
@@ -447,10 +456,12 @@ class WeightSync:
             try:
                 self._watched(self.engine.resend, delivery.weights, watch, delivery.shared)
                 watch.finish()
-            except (EngineLostError, NotKeptError) as lost:
+            except (EngineLostError, RemoteSyncError) as lost:
                 if failure is None:
                     raise
-                raise probe.StaleEngineError(f"{failure}. It could not be sent once more: {lost}. {STOPS}") from lost
+                raise probe.StaleEngineError(
+                    f"{failure}. It could not be sent once more: {lost}. {SO_IT_STOPS}"
+                ) from lost
 
     def _audit_words(self, delivery: Delivery) -> str:
         """What an audit of the engine says.  Collective where it is shared."""
@@ -480,7 +491,7 @@ def stale_message(stale: list[str], gains: dict[str, float], syncs: int, sent: s
     return (
         f"weight sync failed its audit: {len(stale)} of {len(gains)} modules do not compute with the weights they were "
         f"sent, {sent}: {shown_modules(stale, gains)}. Gain 1 is fresh, 0 stale, nan no finite answer. Likely cause: "
-        f"{cause}. {STOPS}"
+        f"{cause}. {SO_IT_STOPS}"
     )
 
 
