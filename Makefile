@@ -1,5 +1,5 @@
 # make demo       install what is missing, then train the embedded quickstart (no GPU needed)
-# make test       install what is missing, then run the fast tests
+# make test       install what is missing, then run the fast tests, two at a time
 # make test-slow  the end-to-end tests, two at a time where nothing is measured
 # make lint       ruff, format and rules
 # make audit      are the installed packages consistent, is a vulnerability known of one (asks PyPI where it can)
@@ -20,7 +20,7 @@ demo: $(READY)
 	$(BIN)/accelerate launch $(LAUNCH_CONFIG) launch/grpo_math.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow and not alone" -n 2 --dist loadfile

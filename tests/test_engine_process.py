@@ -55,7 +55,8 @@ MORE_METHODS = (
 def engine_process(request, tmp_path_factory):
     kind, workers = request.param
     folder = make_tiny_checkpoint(tmp_path_factory.mktemp(kind), tied=kind == "tied")
-    with running(folder, workers=workers, worker_extension_cls="forgetful_worker.ForgetfulWorker") as transport:
+    options = {"worker_extension_cls": "forgetful_worker.ForgetfulWorker", "block_size": 32}
+    with running(folder, workers=workers, **options) as transport:
         yield transport, folder
 
 
@@ -204,13 +205,11 @@ def test_a_sync_of_the_weights_before_is_named_by_the_audit(engine_process, monk
     engine.close()
 
 
-def test_keys_and_values_that_were_cached_before_a_sync_are_dropped_in_another_process_too(tmp_path):
-    folder = make_tiny_checkpoint(tmp_path / "model", tied=True)
-    with running(folder, block_size=32) as transport, closing(RemoteEngine(transport)) as engine:
-        policy = make_policy(folder, "fura")
-        sync = WeightSync(policy, engine, PROBE)
+def test_keys_and_values_that_were_cached_before_a_sync_are_dropped_in_another_process_too(engine_process):
+    policy, engine, sync = trainer_on(engine_process, "fura")
+    with closing(engine):
         sync.sync()
-        check_that_a_sync_drops_the_cache(transport.llm, policy, sync)
+        check_that_a_sync_drops_the_cache(engine.transport.llm, policy, sync)
 
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
