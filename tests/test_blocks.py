@@ -1,6 +1,7 @@
 """The block algebra against closed forms and float64."""
 
-from concurrent.futures import ThreadPoolExecutor
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
 import torch
@@ -55,24 +56,25 @@ def test_frame_of_ill_conditioned_blocks_is_as_good_as_a_float64_svd():
         assert (frame.right[i].T @ frame.right[i] - torch.eye(32)).abs().max() < 1e-6
 
 
-def test_conversion_does_not_depend_on_the_number_of_threads_and_leaves_it_alone(monkeypatch):
-    monkeypatch.setattr(frames, "THREADED_WORK", 0)
-    weight, before = ill_conditioned(50), torch.get_num_threads()
-    found = {}
+def test_conversion_does_not_depend_on_the_number_of_threads_and_leaves_it_alone():
+    """In a process of its own: where vLLM's CPU engine was started, torch's number of threads stays as it is."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pool.submit(convert_with_one_and_with_two_threads).result()
+
+
+def convert_with_one_and_with_two_threads():
+    frames.THREADED_WORK = 0
+    weight, found = ill_conditioned(50), {}
 
     def of_a_new_thread():
         with ThreadPoolExecutor(1) as pool:
             return pool.submit(torch.get_num_threads).result()
 
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            started_with = of_a_new_thread()
-            found[threads] = frames.svd_frame(weight, 32)
-            assert torch.get_num_threads() == threads
-            assert of_a_new_thread() == started_with
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found[threads] = frames.svd_frame(weight, 32)
+        assert torch.get_num_threads() == threads
+        assert of_a_new_thread() == threads, "a new thread starts as before"
     assert torch.equal(found[1].right, found[2].right)
     assert torch.equal(found[1].singular_values, found[2].singular_values)
 
