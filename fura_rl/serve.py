@@ -61,7 +61,8 @@ class ResumeForLostTrainer:
     """ASGI middleware: a server that is paused goes on once the lease of the trainer that owns it has ended.
 
     A trainer pauses around its commit; killed there, it would leave the server so until another one syncs.  A pause by
-    hand is not told from that once the owner was lost, and ends as well.
+    hand, or a sleep, is not told from that once the owner was lost, and ends as well: vLLM 0.31 says of a paused server
+    that it sleeps.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
@@ -98,10 +99,8 @@ async def workers_of_a_lost_pause(server: httpx.AsyncClient) -> list[dict[str, A
     A trainer that was only slow, or another that comes in this moment, loses nothing but the pause: it resumes after
     its commit itself, and then drops what was cached before.
     """
-    paused, asleep = await server.get("/is_paused"), await server.get("/is_sleeping")
+    paused = await server.get("/is_paused")
     if not paused.is_success or not paused.json()["is_paused"]:
-        return []
-    if not asleep.is_success or asleep.json()["is_sleeping"]:  # then it is paused until whoever did that wakes it
         return []
     # answered after what a worker has under way: a commit, which renews the lease
     status = await server.post("/collective_rpc", json={"method": "fura_status"})

@@ -154,8 +154,7 @@ def guarded(monkeypatch):
 class PausedServer:
     """The routes of vLLM's server that a watch over its pauses asks; notes what is posted beside the question."""
 
-    def __init__(self, paused, workers, asleep=False):
-        self.asleep = asleep
+    def __init__(self, paused, workers):
         self.paused, self.workers, self.done, self.looks = paused, workers, [], 0
 
     async def __call__(self, scope, receive, send):
@@ -166,11 +165,11 @@ class PausedServer:
         assert dict(scope["headers"])[b"authorization"] == b"Bearer right"
         body = json.loads((await receive())["body"] or "{}")
         route = body.get("method", scope["path"])
-        if route not in ("fura_status", "/is_paused", "/is_sleeping"):
+        if route not in ("fura_status", "/is_paused"):
             self.done.append(route)
         self.looks += route == "/is_paused"
         self.paused &= route != "/resume"
-        reply = {"is_paused": self.paused, "is_sleeping": self.asleep, "results": self.workers, "success": True}
+        reply = {"is_paused": self.paused, "results": self.workers, "success": True}
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": json.dumps(reply).encode()})
 
@@ -200,15 +199,6 @@ def test_a_server_that_is_paused_goes_on_once_its_trainers_lease_has_ended(monke
     life = serve.ResumeForLostTrainer(server)({"type": "lifespan", "app": server}, None, None)
     asyncio.run(asyncio.wait_for(life, 30))
     assert server.done == done
-
-
-def test_a_server_that_sleeps_is_not_woken_by_half(monkeypatch):
-    monkeypatch.setenv("FURA_ROLLOUT_TOKEN", "right")
-    monkeypatch.setattr(serve, "PAUSE_CHECK_SECONDS", 0.01)
-    server = PausedServer(True, [of_worker(3, True)], asleep=True)
-    life = serve.ResumeForLostTrainer(server)({"type": "lifespan", "app": server}, None, None)
-    asyncio.run(asyncio.wait_for(life, 30))
-    assert server.done == []
 
 
 @pytest.mark.parametrize("token", ["wrong", None, "right "])
