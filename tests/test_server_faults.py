@@ -194,6 +194,17 @@ def kill_at_the_pause(server, client, monkeypatch):
     monkeypatch.setattr(client.engine.transport, "pause", killed_mid_sync)
 
 
+def check_that_it_recovers_in_time(rollout_server, thread, done):
+    """Of a sync `in_background` that waits for its server: it ends on parity, soon after the server is up."""
+    rollout_server.wait_until_up()
+    up = time.monotonic()
+    thread.join(240)
+    report, finished = done[0]
+    assert not isinstance(report, Exception), report
+    assert report.probe_max_gap < PARITY_NATS
+    assert finished - up < RECOVERY_SECONDS
+
+
 def test_a_server_killed_between_stage_and_commit_is_brought_to_the_version_of_that_sync(
     trainer, rollout_server, monkeypatch
 ):
@@ -205,13 +216,7 @@ def test_a_server_killed_between_stage_and_commit_is_brought_to_the_version_of_t
     while killed & set(rollout_server.processes()):
         assert thread.is_alive(), done
         time.sleep(0.1)
-    rollout_server.wait_until_up()
-    up = time.monotonic()
-    thread.join(240)
-    report, finished = done[0]
-    assert not isinstance(report, Exception), report
-    assert report.probe_max_gap < PARITY_NATS
-    assert finished - up < RECOVERY_SECONDS
+    check_that_it_recovers_in_time(rollout_server, thread, done)
     assert client.engine.serves_last()
     output = client.generate(PROMPTS, **SAMPLING)
     assert sampled_from(policy, output, PROMPTS, SAMPLING["n"]) < PARITY_NATS
@@ -235,13 +240,7 @@ def test_a_server_that_comes_back_with_another_base_is_refused_by_name_and_then_
     rollout_server.kill()
     thread, done = in_background(sync.sync)
     time.sleep(2)
-    rollout_server.wait_until_up()
-    up = time.monotonic()
-    thread.join(240)
-    report, finished = done[0]
-    assert not isinstance(report, Exception), report
-    assert report.probe_max_gap < PARITY_NATS
-    assert finished - up < RECOVERY_SECONDS
+    check_that_it_recovers_in_time(rollout_server, thread, done)
 
 
 def test_a_server_lost_before_anything_was_sent_is_claimed_again_and_gets_the_policy_with_the_first_sync(
