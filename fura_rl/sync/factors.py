@@ -186,11 +186,9 @@ def _add_block_product(base: torch.Tensor, update: torch.Tensor, out: torch.Tens
 
 
 def _write_row_block_product(base: torch.Tensor, matrices: torch.Tensor, out: torch.Tensor) -> None:
-    """out_i = matrices_i base_i for row blocks i of `base` and `out`, both read and written some columns at a time."""
+    """out_i = matrices_i base_i for row blocks i of `base` and `out`, written by the one batched product itself."""
     n, b, _ = matrices.shape
-    for part, target in in_pieces(base.mT, out.mT):
-        # a product written straight into `out` goes block by block there
-        target.mT.unflatten(0, (n, b)).copy_(torch.bmm(matrices, part.mT.unflatten(0, (n, b))))
+    torch.bmm(matrices, base.unflatten(0, (n, b)), out=out.unflatten(0, (n, b)))
 
 
 def _fold_low_rank(

@@ -541,7 +541,7 @@ def rebuilt(module: nn.Module, by_columns: bool = False) -> Any:
         in_place = [(t, t.data.clone()) for t in get_layer_tensors(module).values() if not t.is_meta]
         meta.materialize_layer(module, info)
         if by_columns:
-            module.weight.data = torch.empty_like(module.weight.mT, memory_format=torch.contiguous_format).mT
+            module.weight.data = module.weight.data.view(module.weight.shape[::-1]).mT
         vars(module).pop(PROCESSED, None)
         yield
         if hasattr(module, "cpu_linear"):  # the packed weight before goes first, so that the new one takes its place
