@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,7 +106,8 @@ class UpdateWatch:
         self._rounds = dtype.itemsize < 4
         self._span_rows = SPAN_ROWS if self._rounds else FLOAT32_SPAN_ROWS
         self._seen: set[str] = set()
-        self._waiting: dict[Hashable, list[RowSample]] = {}
+        self._waiting: dict[Hashable, list[RowSample]] = {}  # by kind
+        self._waiting_bytes: Counter[Hashable] = Counter()
 
     def saw(self, weight: CheckpointWeight) -> bool:
         return weight.name in self._seen
@@ -128,11 +130,14 @@ class UpdateWatch:
             base = None if read is None else read.rows(tuple(spans))
             cut = cut_to_rows(read, factors, tuple(spans), weight.shape[1])
             sample = RowSample(weight.name, spans, base, cut, rounding_seed)
-            self._waiting.setdefault(sample.kind, []).append(sample)
-            sizes = {kind: sum(one.nbytes for one in samples) for kind, samples in self._waiting.items()}
+            kind = sample.kind
+            self._waiting.setdefault(kind, []).append(sample)
+            self._waiting_bytes[kind] += sample.nbytes
             on_cpu = next(iter(cut.tensors.values())).device.type == "cpu"
-            if sum(sizes.values()) > (CPU_WAITING_BYTES if on_cpu else WAITING_BYTES):
-                self._look_at(self._waiting.pop(max(sizes, key=sizes.get)))
+            if self._waiting_bytes.total() > (CPU_WAITING_BYTES if on_cpu else WAITING_BYTES):
+                [(largest, _)] = self._waiting_bytes.most_common(1)
+                del self._waiting_bytes[largest]
+                self._look_at(self._waiting.pop(largest))
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -141,6 +146,7 @@ class UpdateWatch:
             for samples in self._waiting.values():
                 self._look_at(samples)
             self._waiting.clear()
+            self._waiting_bytes.clear()
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
