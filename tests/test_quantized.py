@@ -221,6 +221,21 @@ def qfura(base, **settings):
 
 
 @pytest.mark.parametrize("axis", ["in", "out"])
+@pytest.mark.parametrize("cast_before", [True, False])
+def test_qfura_of_a_float64_model_computes_in_float64_from_its_4_bits(cast_before, axis):
+    base = plain()
+    model = qfura(base.double(), block_axis=axis) if cast_before else qfura(base, block_axis=axis).double()
+    layer = fura_layers(model)[0]
+    x = torch.randn(7, 128, dtype=torch.float64, requires_grad=True)
+    y, folded = layer(x), layer.folded_weight(["default"])
+    y.square().sum().backward()
+    assert folded.dtype == torch.float64
+    assert relative_error(y, nn.functional.linear(x, folded, layer.bias)) < TOLERANCE[torch.float64]
+    assert relative_error(x.grad, 2 * y @ folded) < TOLERANCE[torch.float64]
+    assert relative_error(layer.pristine_weight(), plain()[0].weight) < 0.15, "the error of 4 bits"
+
+
+@pytest.mark.parametrize("axis", ["in", "out"])
 def test_qfura_on_the_meta_device_is_filled_by_the_whole_models_state(axis, tmp_path):
     model = qfura(plain(), block_axis=axis)
     with torch.device("meta"):
