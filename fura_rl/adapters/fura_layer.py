@@ -305,7 +305,14 @@ class FuraLinear(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Not where PEFT, which asks the base layer how it stores its weight, would mistake it."""
+        """Not where the update adds to another weight than the base model's, or PEFT would mistake its layout."""
+        if adapter_name in self.fura_core and self.fura_core[adapter_name].basis == "random":
+            warnings.warn(
+                f"{self.layer_name}: basis='random' trains from a projection of the base weight, so on the base weight "
+                "itself its update as a LoRA would be another model; merge_and_unload() it, or train with basis='svd'",
+                stacklevel=2,
+            )
+            return False
         if self.is_conv1d and self.owns_large_core:
             warnings.warn(
                 f"{self.layer_name}: PEFT cannot convert the core form of a Conv1D to LoRA, since the Conv1D is gone; "
