@@ -179,6 +179,14 @@ class FuraLinear(nn.Module, BaseTunerLayer):
         core = self.core_form
         return core is not None and core.large_core is None
 
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """Of the base weight; where 4 or 8 bits stand for it, of what they dequantize to."""
+        if self.owns_large_core:
+            return self._large_layer().compute_dtype
+        dtype = self.get_base_layer().weight.dtype
+        return dtype if dtype.is_floating_point else self.pristine_weight().dtype
+
     def _orient(self, weight: torch.Tensor, axis: str) -> torch.Tensor:
         """The weight as stored, turned so that blocks are columns; its own inverse."""
         return weight.mT if (axis == "out") != self.is_conv1d else weight
@@ -195,7 +203,7 @@ class FuraLinear(nn.Module, BaseTunerLayer):
         Dequantized where it is quantized; multiplied out from the frozen cores where the core form has replaced it.
         """
         if self.owns_large_core:
-            return self._unfold(self.core_form, adapted=False).to(self._large_layer().compute_dtype)
+            return self._unfold(self.core_form, adapted=False).to(self.base_dtype)
         return self.get_base_weight() if self._set_aside is None else self._set_aside.dequantized
 
     def _large_layer(self) -> LargeCore:
@@ -320,7 +328,7 @@ class FuraLinear(nn.Module, BaseTunerLayer):
                 stacklevel=2,
             )
             return False
-        return True  # get_delta_weight is additive
+        return True
 
     # ---- forward
 
