@@ -4,11 +4,11 @@
     python launch/benchmark.py convert                   decomposing a layer
     python launch/benchmark.py model                     converting a whole model, and its peak memory
     python launch/benchmark.py fold                      folding a layer for a sync
-    python launch/benchmark.py quantize                  error and bits of NF4, plain and with FuRA
+    python launch/benchmark.py quantize                  error, bits and peak memory of NF4, plain and with FuRA
     python launch/benchmark.py sync                      a sync into a live vLLM engine, here and behind a server
     python launch/benchmark.py survival                  what 16-bit engines leave of the update: trains, takes long
     python launch/benchmark.py soak                      does a run of 2,000 steps grow in memory, files or time?
-    python launch/benchmark.py step                      a whole GRPO step on a random model
+    python launch/benchmark.py step                      a whole GRPO step on random models
     python launch/benchmark.py rewards                   grading answers: throughput, hostile answers, beside peers
     python launch/benchmark.py all --device cuda --out outputs/benchmark    everything, in under eight minutes
 
@@ -96,7 +96,7 @@ def main(argv: list[str]) -> int:
         repeats=args.repeats,
         seconds=args.seconds or (1.5 if on_gpu else 10.0),
         sizes=tuple(sizes),
-        model=sizes[0] if on_gpu or args.sizes else "tiny",
+        models=tuple(sizes) if on_gpu or args.sizes else ("tiny",),
         autocast=args.autocast,
         clock=time.process_time if args.cpu_time else time.perf_counter,
         budget=budget,

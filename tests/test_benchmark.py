@@ -13,7 +13,19 @@ from conftest import REPOSITORY
 
 from fura_rl.adapters import frames
 from fura_rl.adapters.fura_layer import FuraLinear
-from fura_rl.benchmark import BENCHMARKS, SHARES, graphed, grpo_step, layer, measure, measure_all, model, report, soak
+from fura_rl.benchmark import (
+    BENCHMARKS,
+    SHARES,
+    graphed,
+    grpo_step,
+    layer,
+    measure,
+    measure_all,
+    model,
+    quantize,
+    report,
+    soak,
+)
 from fura_rl.benchmark.budget import Budget
 from fura_rl.benchmark.contenders import make_contenders
 from fura_rl.benchmark.convert import decoder_layer
@@ -142,7 +154,7 @@ def test_a_benchmark_that_fails_does_not_take_the_others_results_with_it(tmp_pat
 
 
 def small_settings(**settings):
-    shared = {"device": CPU, "dtype": torch.float32, "repeats": 3, "seconds": 0.1, "sizes": (), "model": "tiny"}
+    shared = {"device": CPU, "dtype": torch.float32, "repeats": 3, "seconds": 0.1, "sizes": (), "models": ("tiny",)}
     return measure.Settings(**{"shapes": (), "tokens": ()} | shared | settings)
 
 
@@ -330,6 +342,49 @@ def test_a_whole_model_that_is_converted_wrongly_is_not_reported(monkeypatch):
         model.run(small_settings())
 
 
+def test_a_step_is_measured_on_every_size_and_what_memory_cannot_hold_is_named(monkeypatch, capsys):
+    def measured(settings, size, method):
+        if (size, method) == ("3m", "full"):
+            raise torch.OutOfMemoryError("CUDA out of memory.\nand more")
+        seconds = {"fura": 1.0, "lora": 2.0, "full": 4.0}[method]
+        return {"model": size, "method": method, "train_s": seconds * {"tiny": 1, "3m": 8}[size]}
+
+    monkeypatch.setattr(grpo_step, "measure_method", measured)
+    settings = small_settings(models=("tiny", "3m"))
+    rows = grpo_step.run(settings)
+    assert [(row["model"], row["method"], row["fura_train_ratio"]) for row in rows] == [
+        ("tiny", "fura", 1.0), ("tiny", "lora", 0.5), ("tiny", "full", 0.25), ("3m", "fura", 1.0), ("3m", "lora", 0.5)
+    ]  # fmt: skip
+    assert settings.budget.skipped == ["step ('3m', 'full')"]
+    assert "step: skipped ('3m', 'full'), CUDA out of memory.\n" in capsys.readouterr().out
+
+
+def test_a_model_that_memory_cannot_hold_is_not_begun(monkeypatch, capsys):
+    monkeypatch.setattr(measure, "free_bytes", lambda device: 1e8)
+    settings = small_settings(models=("tiny", "qwen3-0.6b"))
+    small, large = model.run(settings)
+    assert small["convert_s"] > 0
+    assert large["convert_s"] == large["beyond_gb"] == "not run"
+    assert [row["model"] for row in grpo_step.run(settings)] == ["tiny"] * 3
+    skipped = ["model the conversion of qwen3-0.6b", *(f"step ('qwen3-0.6b', '{m}')" for m in grpo_step.METHODS)]
+    assert settings.budget.skipped == skipped
+    assert "it needs 2.4 GB of memory, and 0.1 are free" in capsys.readouterr().out
+
+
+def test_the_table_of_4_bits_has_error_bits_and_peak_of_every_storage_and_spectrum():
+    pytest.importorskip("bitsandbytes")
+    rows = quantize.run(small_settings(shapes=((128, 256),)))
+    storages = ["NF4(W)", "NF4(L) S R", "NF4(L S^1/2) S^1/2 R", "NF4(L S) R"]
+    assert [(row["spectrum"], row["storage"]) for row in rows] == [
+        (spectrum, storage) for spectrum in ("random", "real-shaped") for storage in storages
+    ]
+    small = 16 * (256 * 16 + 256) / (128 * 256)  # R and S of blocks of 16, in 16 bits
+    for row in rows:
+        assert 0.05 < row["relative_error"] < 0.15
+        assert row["bits_per_weight"] == pytest.approx(4.127 + (0 if row["storage"] == "NF4(W)" else small), abs=1e-3)
+        assert row["peak_mb"] > 128 * 256 * 4 / 1e6, "the result alone, in float32"
+
+
 def test_a_step_that_leaves_nan_is_not_reported(monkeypatch):
     assert [row["method"] for row in grpo_step.run(small_settings())] == ["fura", "lora", "full"]
     monkeypatch.setattr(torch, "rand", lambda *size, **options: torch.full(size, float("nan"), **options))
@@ -352,14 +407,14 @@ def test_a_step_whose_log_probs_are_wrong_is_not_reported(dtype, monkeypatch):
 @pytest.mark.parametrize("method", ["fura", "lora", "full"])
 def test_log_probs_are_checked_over_as_many_layers_as_fit_in_float32(method, dtype, monkeypatch):
     settings = small_settings(dtype=dtype)
-    policy, _ = grpo_step.make_policy(settings, method)
+    policy, _ = grpo_step.make_policy(settings, "tiny", method)
     sequences = torch.randint(3, 512, (1, 32))
     monkeypatch.setattr(grpo_step, "checked_layers", lambda size: 1)
-    grpo_step.check_logprobs(settings, method, policy, sequences, 16)
+    grpo_step.check_logprobs(settings, "tiny", method, policy, sequences, 16)
     assert policy.config.num_hidden_layers == 2, "the step that follows has all"
     monkeypatch.setattr(grpo_step, "float32_reference", lambda *_: policy)
     with pytest.raises(RuntimeError, match=r"1 of 2 decoder layers"):
-        grpo_step.check_logprobs(settings, method, policy, sequences, 16)
+        grpo_step.check_logprobs(settings, "tiny", method, policy, sequences, 16)
 
 
 def test_a_float32_reference_of_a_1_7b_is_whole_and_one_of_a_7b_has_its_first_layers():

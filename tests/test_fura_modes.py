@@ -413,9 +413,10 @@ def test_a_weighted_adapter_of_a_taken_name_is_refused_and_leaves_its_owner_alon
     assert model.peft_config["other"] is before
 
 
-def test_a_converted_lora_of_full_rank_is_the_same_update(tmp_path):
+@pytest.mark.parametrize("settings", [*FORMS, *LARGE_CORES[1:]], ids=str)
+def test_a_converted_lora_of_full_rank_is_the_same_update(settings, tmp_path):
     base = mlp()
-    model = adapted(base, target_modules=["0"])
+    model = adapted(base, target_modules=["0"], **settings)
     save_as_lora(tmp_path, model, rank=16)
     x = torch.randn(3, 24)
     assert relative_error(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(x), model(x)) < 1e-5
@@ -428,6 +429,15 @@ def test_a_core_form_of_a_conv1d_is_not_converted_to_lora(tmp_path):
         pytest.raises(TypeError, match="do not support LoRA conversion"),
     ):
         save_as_lora(tmp_path, model, rank=24)
+
+
+def test_an_adapter_of_a_random_basis_is_not_converted_to_lora(tmp_path):
+    model = adapted(mlp(), basis="random", form="core", singular_values="merge_trained")
+    with (
+        pytest.warns(UserWarning, match=r"0: basis='random' trains from a projection.*merge_and_unload\(\) it"),
+        pytest.raises(TypeError, match="do not support LoRA conversion"),
+    ):
+        save_as_lora(tmp_path, model, rank=12)
 
 
 def test_linear_layers_that_share_a_weight_are_merged_each_for_itself_and_unmerged_to_the_bit():

@@ -149,6 +149,13 @@ def test_all_faults_of_a_config_come_in_one_message():
             r"block_size_pattern=None is not a dict from module names to values; leave it out",
         ),
         ({"block_axis_pattern": ["q_proj"]}, r"block_axis_pattern=\['q_proj'\] is not a dict"),
+        (
+            {"block_size_pattern": {"*_proj": 8}, "block_axis_pattern": {"(q|k_proj": "out"}},
+            r"block_size_pattern, '\*_proj', is no .*nothing to repeat.*; .*block_axis_pattern, '\(q\|k_proj', is no",
+        ),
+        ({"block_size_pattern": {"(?i)q_proj": 8}}, "global flags not at the start"),
+        ({"target_modules": "*_proj"}, r"target_modules, '\*_proj', is no regular expression .* e\.g\. '\.\*_proj'"),
+        ({"exclude_modules": "layers.[0"}, r"exclude_modules, 'layers\.\[0', is no regular"),
     ],
 )
 def test_impossible_combinations_are_refused_with_the_reason(settings, reason):

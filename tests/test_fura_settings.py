@@ -11,8 +11,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fura_rl import FuraConfig
+from fura_rl.adapters.fura_tuner import fura_layers
 
-IN, OUT, SIZE = 24, 20, 4
+IN, OUT, SIZE, HEAD = 24, 20, 4, 2
 
 TREATMENTS = ("train", "freeze", "merge_frozen", "merge_trained", "split")
 SETTINGS = [
@@ -28,24 +29,44 @@ CASES = [
     for size in (SIZE, "full")
 ]
 CASES += [case | {"conv1d": True} for case in CASES if case["singular_values"] in ("train", "merge_trained")]
+CASES += [
+    settings | {"block_axis": axis, "block_size": SIZE} | more
+    for settings in SETTINGS
+    if settings["singular_values"] == "train"
+    for axis, second in (("in", ("out", 6)), ("out", ("in", 5)))
+    for more in (
+        {"bias": "all"},
+        {"bias": "fura_only"},
+        {"block_size": "head"},
+        {"block_axis_pattern": {"1": second[0]}, "block_size_pattern": {"1": second[1]}},  # of two layers
+    )
+]
 
 
 def name_of(settings):
     return "-".join(str(value) for value in settings.values())
 
 
+def blocks_of(settings, name, weight):
+    """Axis and size of the blocks that the settings ask for on the layer of this name and weight (out, in)."""
+    axis = settings.get("block_axis_pattern", {}).get(name, settings["block_axis"])
+    size = settings.get("block_size_pattern", {}).get(name, settings["block_size"])
+    return axis, {"full": weight.shape[1 if axis == "in" else 0], "head": HEAD}.get(size, size)
+
+
 class Oracle:
     """y = (L_i S_i R_i) x in float64 from a plain SVD or QR of each block; the factors named by the settings train."""
 
-    def __init__(self, linear_weight, bias, layer_core, settings):
+    def __init__(self, linear_weight, bias, layer_core, settings, name="0"):
         self.bias = bias.detach().double()
-        self.row_blocks = settings["block_axis"] == "out"
+        axis, size = blocks_of(settings, name, linear_weight)
+        self.row_blocks = axis == "out"
         self.basis = settings.get("basis", "svd")
         oriented = linear_weight.detach().double()
         oriented = oriented.T if self.row_blocks else oriented
         core, treatment = settings.get("train_core", "small"), settings["singular_values"]
-        self.triples, self.trained = [], []
-        for i, block in enumerate(oriented.split(layer_core.block_size, dim=1)):
+        self.triples, self.trained = [], [self.bias] if settings.get("bias", "none") != "none" else []
+        for i, block in enumerate(oriented.split(size, dim=1)):
             large, middle, small = self.factors(block, layer_core.basis_v[i], treatment, core)
             if core in ("large", "both"):
                 self.trained.append(large)
@@ -90,6 +111,8 @@ class Oracle:
             gradients["delta_s"] = torch.stack([middle.grad for middle in middles])
         if smalls[0].requires_grad:
             gradients["delta_r"] = torch.stack([small.grad for small in smalls])
+        if self.bias.requires_grad:
+            gradients["bias"] = self.bias.grad
         return gradients
 
     def __call__(self, x):
@@ -97,12 +120,16 @@ class Oracle:
 
 
 def make(settings, dtype=torch.float32):
+    """A base model of one layer, or two where patterns tell them apart; it with an adapter; the adapted first layer."""
     settings = dict(settings)
-    layer = Conv1D(OUT, IN) if settings.pop("conv1d", False) else nn.Linear(IN, OUT)
-    layer.weight.data.normal_(std=0.2)
-    layer.bias.data.normal_()
-    base = nn.Sequential(layer).to(dtype)
-    model = get_peft_model(copy.deepcopy(base), FuraConfig(target_modules=["0"], **settings))
+    conv1d = settings.pop("conv1d", False)
+    shapes = [(IN, OUT), (OUT, IN)] if "block_axis_pattern" in settings else [(IN, OUT)]
+    base = nn.Sequential(*[Conv1D(b, a) if conv1d else nn.Linear(a, b) for a, b in shapes])
+    for layer in base:
+        layer.weight.data.normal_(std=0.2)
+        layer.bias.data.normal_()
+    base.to(dtype).config = {"model_type": "custom", "head_dim": HEAD}
+    model = get_peft_model(copy.deepcopy(base), FuraConfig(target_modules=r"\d", **settings))
     return base, model, model.base_model.model[0]
 
 
@@ -114,34 +141,57 @@ def as_linear(module, weight):
 @pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("settings", CASES, ids=name_of)
 def test_five_steps_equal_the_float64_oracles(settings, optimizer_class):
-    base, model, layer = make(settings)
-    oracle = Oracle(as_linear(base[0], base[0].weight), base[0].bias, layer.fura_core["default"], settings)
+    base, model, _ = make(settings)
+    layers = fura_layers(model)
+    oracles = [
+        Oracle(as_linear(plain, plain.weight), plain.bias, layer.fura_core["default"], settings, name)
+        for (name, plain), layer in zip(base.named_children(), layers, strict=True)
+    ]
     trained = [p for p in model.parameters() if p.requires_grad]
-    x, target = torch.randn(32, IN), torch.randn(32, OUT)
-    assert relative_error(model(x), oracle(x.double())) < TOLERANCE[torch.float32], "output at the start"
+    x = torch.randn(32, IN)
+    output = model(x)
+    target = torch.randn_like(output)
+    assert relative_error(output, chain(oracles, x.double())) < TOLERANCE[torch.float32], "output at the start"
     options = {"lr": 1e-2} | ({"weight_decay": 0.0} if optimizer_class is torch.optim.AdamW else {})
-    optimizers = [optimizer_class(trained, **options), optimizer_class(oracle.trained, **options)]
+    theirs = [tensor for oracle in oracles for tensor in oracle.trained]
+    optimizers = [optimizer_class(trained, **options), optimizer_class(theirs, **options)]
     for step in range(5):
-        losses = [((model(x) - target) ** 2).mean(), ((oracle(x.double()) - target.double()) ** 2).mean()]
+        losses = [((model(x) - target) ** 2).mean(), ((chain(oracles, x.double()) - target.double()) ** 2).mean()]
         for loss, optimizer in zip(losses, optimizers, strict=True):
             optimizer.zero_grad()
             loss.backward()
         if step == 0:
-            expected = oracle.gradients()
-            ours = {name: p.grad for name, p in layer.fura_core["default"].named_parameters()}
-            assert ours.keys() == expected.keys()
-            assert len(ours) == len(trained)
-            for name, gradient in ours.items():
-                assert relative_error(gradient, expected[name]) < TOLERANCE[torch.float32], f"gradient of {name}"
+            check_gradients(layers, oracles, len(trained))
         for optimizer in optimizers:
             optimizer.step()
-    expected = as_linear(base[0], oracle.weight())
-    assert relative_error(base[0].weight, expected) > 1e-3, "the steps must have moved the weight"
     # AdamW divides by a square root of tiny second moments, which rounding reaches: ten times the plain tolerance
     tolerance = TOLERANCE[torch.float32] * (10 if optimizer_class is torch.optim.AdamW else 1)
-    assert relative_error(layer.folded_weight(["default"]), expected) < tolerance
-    assert relative_error(layer.get_delta_weight("default") + base[0].weight, expected) < tolerance
-    assert relative_error(model.merge_and_unload()[0].weight, expected) < tolerance
+    folded = [(layer.folded_weight(["default"]), layer.get_delta_weight("default")) for layer in layers]
+    merged = model.merge_and_unload()
+    for plain, oracle, (weight, delta), done in zip(base, oracles, folded, merged, strict=True):
+        expected = as_linear(plain, oracle.weight())
+        assert relative_error(plain.weight, expected) > 1e-3, "the steps must have moved the weight"
+        assert relative_error(weight, expected) < tolerance
+        assert relative_error(delta + plain.weight, expected) < tolerance
+        assert relative_error(done.weight, expected) < tolerance
+        assert relative_error(done.bias, oracle.bias) < tolerance
+
+
+def chain(layers, x):
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def check_gradients(layers, oracles, count):
+    for layer, oracle in zip(layers, oracles, strict=True):
+        expected = oracle.gradients()
+        ours = {name.rpartition(".")[2]: p.grad for name, p in layer.named_parameters() if p.requires_grad}
+        assert ours.keys() == expected.keys()
+        for name, gradient in ours.items():
+            assert relative_error(gradient, expected[name]) < TOLERANCE[torch.float32], f"gradient of {name}"
+        count -= len(ours)
+    assert count == 0, "what trains is all compared"
 
 
 @pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])

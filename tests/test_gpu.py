@@ -118,7 +118,7 @@ def layer_settings(tokens):
 
     return Settings(
         device=torch.device("cuda"), dtype=torch.bfloat16, shapes=((768, 1024),), tokens=(tokens,), repeats=3,
-        seconds=0.1, sizes=(), model="tiny",
+        seconds=0.1, sizes=(), models=("tiny",),
     )  # fmt: skip
 
 

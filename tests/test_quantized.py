@@ -23,15 +23,15 @@ def plain():
     return nn.Sequential(nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 64, bias=False))
 
 
-def quantized(kind):
+def quantized(kind, dtype=torch.float32):
     """`plain()` as transformers' loading leaves it: linear layers of bitsandbytes around the same weights."""
-    model = plain()
+    model = plain().to(dtype)
     for index in (0, 2):
         layer = model[index]
         has_bias = layer.bias is not None
         if kind == "4bit":
             new = bnb.nn.Linear4bit(
-                layer.in_features, layer.out_features, bias=has_bias, quant_type="nf4", compute_dtype=torch.float32
+                layer.in_features, layer.out_features, bias=has_bias, quant_type="nf4", compute_dtype=dtype
             )
             new.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
         else:
@@ -218,6 +218,31 @@ def test_qfura_saves_loads_merges_and_unloads(tmp_path):
 
 def qfura(base, **settings):
     return adapted(copy.deepcopy(base), form="core", quantize_core="nf4", **settings)
+
+
+@pytest.mark.parametrize("axis", ["in", "out"])
+@pytest.mark.parametrize("cast_before", [True, False])
+def test_qfura_of_a_float64_model_computes_in_float64_from_its_4_bits(cast_before, axis):
+    base = plain()
+    model = qfura(base.double(), block_axis=axis) if cast_before else qfura(base, block_axis=axis).double()
+    layer = fura_layers(model)[0]
+    x = torch.randn(7, 128, dtype=torch.float64, requires_grad=True)
+    y, folded = layer(x), layer.folded_weight(["default"])
+    y.square().sum().backward()
+    assert folded.dtype == torch.float64
+    assert relative_error(y, nn.functional.linear(x, folded, layer.bias)) < TOLERANCE[torch.float64]
+    assert relative_error(x.grad, 2 * y @ folded) < TOLERANCE[torch.float64]
+    assert relative_error(layer.pristine_weight(), plain()[0].weight) < 0.15, "the error of 4 bits"
+
+
+@pytest.mark.parametrize("kind", ["dense", *BACKENDS])
+@pytest.mark.parametrize("train_core", ["large", "both"])
+def test_what_is_trained_has_one_dtype_also_where_peft_is_told_not_to_cast_it(train_core, kind):
+    base = plain().to(torch.bfloat16) if kind == "dense" else quantized(kind, torch.bfloat16)
+    config = FuraConfig(target_modules=["0", "2"], form="core", train_core=train_core)
+    model = get_peft_model(base, config, autocast_adapter_dtype=False)
+    expected = torch.float32 if kind == "8bit" else torch.bfloat16  # bitsandbytes dequantizes 8 bits to float32
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {expected}
 
 
 @pytest.mark.parametrize("axis", ["in", "out"])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import enum
+import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from peft import PeftConfig
 
@@ -139,6 +140,7 @@ class FuraConfig(PeftConfig):
             for name, axis in axis_pattern.items()
             if axis not in CHOICES["block_axis"]
         ]
+        faults += self._regex_faults(size_pattern, axis_pattern)
         faults += self._combination_faults()
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             faults.append("layers_to_transform needs target_modules as a list of names, not as a regex string")
@@ -146,6 +148,15 @@ class FuraConfig(PeftConfig):
             faults.append("layers_pattern is set but layers_to_transform is not; set both or neither")
         if faults:
             raise ValueError("FuraConfig: " + "; ".join(faults))
+
+    def _regex_faults(self, size_pattern: dict[str, Any], axis_pattern: dict[str, Any]) -> list[str]:
+        """Every regular expression among the settings, read as PEFT reads it."""
+        patterns = {"block_size_pattern": size_pattern, "block_axis_pattern": axis_pattern}
+        given = [(f"a key of {name}", key, rf"(.*\.)?({key})$") for name, keys in patterns.items() for key in keys]
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), str):
+                given.append((name, value, value))
+        return [fault for name, value, read in given for fault in regex_faults(name, value, read)]
 
     def _combination_faults(self) -> list[str]:
         rules = [
@@ -202,3 +213,15 @@ def block_size_faults(name: str, size: int | str) -> list[str]:
     if named or positive:
         return []
     return [f"{name}={size!r} is neither a positive int nor one of 'auto', 'full', 'head'"]
+
+
+def regex_faults(name: str, value: str, read: str) -> list[str]:
+    """What is wrong with a regular expression, for a message; `read` is what will be compiled for `value`."""
+    try:
+        re.compile(read)
+    except re.error as error:
+        return [
+            f"{name}, {value!r}, is no regular expression ({error.msg}); give a module's name, or e.g. '.*_proj' for "
+            "all that end in _proj"
+        ]
+    return []

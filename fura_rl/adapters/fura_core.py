@@ -28,6 +28,7 @@ class FuraCore(nn.Module):
         options = {"dtype": frame.right.dtype, "device": frame.right.device}
         self.axis, self.block_size = axis, b
         self.form, self.treatment, self.train_core = config.form, config.singular_values, config.train_core
+        self.basis = config.basis
         self.save_basis = config.save_basis
         self.delta_s = nn.Parameter(torch.zeros(n, r, **options)) if self.treatment == "train" else None
         self.delta_r = nn.Parameter(torch.zeros(n, r, b, **options)) if self.train_core != "large" else None

@@ -179,6 +179,14 @@ class FuraLinear(nn.Module, BaseTunerLayer):
         core = self.core_form
         return core is not None and core.large_core is None
 
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """Of the base weight; where 4 or 8 bits stand for it, of what they dequantize to."""
+        if self.owns_large_core:
+            return self._large_layer().compute_dtype
+        dtype = self.get_base_layer().weight.dtype
+        return dtype if dtype.is_floating_point else self.pristine_weight().dtype
+
     def _orient(self, weight: torch.Tensor, axis: str) -> torch.Tensor:
         """The weight as stored, turned so that blocks are columns; its own inverse."""
         return weight.mT if (axis == "out") != self.is_conv1d else weight
@@ -195,7 +203,7 @@ class FuraLinear(nn.Module, BaseTunerLayer):
         Dequantized where it is quantized; multiplied out from the frozen cores where the core form has replaced it.
         """
         if self.owns_large_core:
-            return self._unfold(self.core_form, adapted=False).to(self._large_layer().compute_dtype)
+            return self._unfold(self.core_form, adapted=False).to(self.base_dtype)
         return self.get_base_weight() if self._set_aside is None else self._set_aside.dequantized
 
     def _large_layer(self) -> LargeCore:
@@ -305,7 +313,14 @@ class FuraLinear(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Not where PEFT, which asks the base layer how it stores its weight, would mistake it."""
+        """Not where the update adds to another weight than the base model's, or PEFT would mistake its layout."""
+        if adapter_name in self.fura_core and self.fura_core[adapter_name].basis == "random":
+            warnings.warn(
+                f"{self.layer_name}: basis='random' trains from a projection of the base weight, so on the base weight "
+                "itself its update as a LoRA would be another model; merge_and_unload() it, or train with basis='svd'",
+                stacklevel=2,
+            )
+            return False
         if self.is_conv1d and self.owns_large_core:
             warnings.warn(
                 f"{self.layer_name}: PEFT cannot convert the core form of a Conv1D to LoRA, since the Conv1D is gone; "
@@ -313,7 +328,7 @@ class FuraLinear(nn.Module, BaseTunerLayer):
                 stacklevel=2,
             )
             return False
-        return True  # get_delta_weight is additive
+        return True
 
     # ---- forward
 

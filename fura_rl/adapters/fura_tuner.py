@@ -84,9 +84,8 @@ class FuraModel(BaseTuner):
             restore_core_dtype(self.model, adapter_name, core_dtype)
         elif not autocast_adapter_dtype:
             for layer in fura_layers(self.model):
-                dtype = layer.get_base_layer().weight.dtype
-                if adapter_name in layer.fura_core and dtype.is_floating_point:
-                    layer.fura_core[adapter_name].to(dtype)
+                if adapter_name in layer.fura_core:
+                    layer.fura_core[adapter_name].to(layer.base_dtype)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

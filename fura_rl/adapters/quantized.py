@@ -26,7 +26,8 @@ def nf4_parameter(weight: torch.Tensor) -> nn.Parameter:
     if weight.device.type == "meta":
         codes = weight.new_empty((weight.numel() + 1) // 2, 1, dtype=torch.uint8)  # two to a byte
         return bnb.nn.Params4bit(codes, bnb_quantized=True, **options)
-    parameter = bnb.nn.Params4bit(weight.contiguous(), **options)
+    narrow = weight.float() if weight.dtype == torch.float64 else weight  # bitsandbytes takes 16 and 32 bits
+    parameter = bnb.nn.Params4bit(narrow.contiguous(), **options)
     return parameter.to(weight.device)  # bitsandbytes quantizes at the move to a device
 
 
@@ -43,9 +44,11 @@ def nf4_from_saved(codes: torch.Tensor, scales: dict[str, torch.Tensor], device:
 
 
 def nf4_linear(x: torch.Tensor, weight: nn.Parameter) -> torch.Tensor:
-    """x W^T for W in NF4."""
+    """x W^T for W in NF4, in the dtype of x."""
     import bitsandbytes as bnb
 
+    if x.dtype == torch.float64:  # for which bitsandbytes 0.50 has no CPU kernel: its result would be memory as it was
+        return nn.functional.linear(x, nf4_dense(weight).to(x.dtype))
     return bnb.matmul_4bit(x, weight.t(), quant_state=weight.quant_state)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Unit = TypeVar("Unit")
 
@@ -29,14 +29,18 @@ class Budget:
         """Let the next benchmark begin units up to `share` (0..1) of the whole budget."""
         self.open_until = share * self.seconds
 
+    def skip(self, benchmark: str, unit: Any, reason: str) -> None:
+        """Print and note what is left out."""
+        self.skipped.append(f"{benchmark} {unit}")
+        print(f"{benchmark}: skipped {unit}, {reason}", flush=True)
+
     def units(self, benchmark: str, units: Iterable[Unit]) -> Iterator[Unit]:
         """The units of a benchmark that still fit, judged by its longest so far; the others are printed and noted."""
         longest = 0.0
         for unit in units:
             started = self.elapsed()
             if started + longest > self.open_until:
-                self.skipped.append(f"{benchmark} {unit}")
-                print(f"{benchmark}: skipped {unit}, the time budget of {self.seconds:.0f} s has no room", flush=True)
+                self.skip(benchmark, unit, f"the time budget of {self.seconds:.0f} s has no room")
                 continue
             yield unit
             longest = max(longest, self.elapsed() - started)

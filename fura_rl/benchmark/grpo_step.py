@@ -1,4 +1,4 @@
-"""One whole GRPO step on a random model: generate, score, backward, AdamW; FuRA against LoRA and full fine-tuning.
+"""One whole GRPO step on random models: generate, score, backward, AdamW; FuRA against LoRA and full fine-tuning.
 
 Rewards are drawn, not computed: what is measured is the policy's work.  Conversion of the whole model is timed as well.
 Before the timings the policy's log-probs are compared to those of a plain float32 model with the folded weights.
@@ -6,6 +6,7 @@ Before the timings the policy's log-probs are compared to those of a plain float
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import Any
 
@@ -20,6 +21,7 @@ from fura_rl.benchmark.measure import Settings
 from fura_rl.benchmark.models import SIZES, projection_shapes, random_model, tied
 from fura_rl.sync.fold import checkpoint_weights
 
+METHODS = ("fura", "lora", "full")
 PROMPTS, ROLLOUTS = 2, 4
 REFERENCE_BYTES = 8 * 2**30  # of the float32 model: all of Qwen3-1.7B, the first 4 decoder layers of a 7B
 # The policy's log-probs may be so many times further from float32 than those of a plain model in the same dtype, as RMS
@@ -29,16 +31,32 @@ SMALLEST_TOLERANCE = 1e-4
 
 
 def run(settings: Settings) -> list[dict[str, Any]]:
-    """One row per method, each on a model of its own, one after another so that peaks do not add up."""
-    rows = [measure_method(settings, method) for method in settings.budget.units("step", ("fura", "lora", "full"))]
+    """One row per size and method, each on a model of its own, one after another so that peaks do not add up.
+
+    What does not fit into memory is skipped with a line.
+    """
+    rows = []
+    for size, method in settings.budget.units("step", list(itertools.product(settings.models, METHODS))):
+        try:
+            measure.require_memory(held_bytes(settings, size, method), settings.device)
+            rows.append(measure_method(settings, size, method))
+        except torch.OutOfMemoryError as error:
+            settings.budget.skip("step", (size, method), str(error).splitlines()[0])
+    ours = {row["model"]: row["train_s"] for row in rows if row["method"] == "fura"}
     for row in rows:
-        row["fura_train_ratio"] = rows[0]["train_s"] / row["train_s"]
+        row["fura_train_ratio"] = ours[row["model"]] / row["train_s"] if row["model"] in ours else None
     return rows
 
 
-def make_policy(settings: Settings, method: str) -> tuple[nn.Module, float]:
+def held_bytes(settings: Settings, size: str, method: str) -> int:
+    """What a step holds at least: the weights and, where they are trained, their gradients and AdamW's states."""
+    model = random_model(size, torch.device("meta"), settings.dtype)
+    return sum(p.nbytes for p in model.parameters()) * (4 if method == "full" else 1)
+
+
+def make_policy(settings: Settings, size: str, method: str) -> tuple[nn.Module, float]:
     """The policy and the seconds that adapting it took."""
-    model = random_model(settings.model, settings.device, settings.dtype)
+    model = random_model(size, settings.device, settings.dtype)
     started = time.perf_counter()
     if method == "fura":
         model = get_peft_model(model, FuraConfig(target_modules=PAPER_TARGETS))
@@ -48,13 +66,12 @@ def make_policy(settings: Settings, method: str) -> tuple[nn.Module, float]:
     return model, time.perf_counter() - started
 
 
-def measure_method(settings: Settings, method: str) -> dict[str, Any]:
-    measure.release(settings.device)
-    policy, adapt_seconds = make_policy(settings, method)
+def measure_method(settings: Settings, size: str, method: str) -> dict[str, Any]:
+    policy, adapt_seconds = make_policy(settings, size, method)
     policy.train()
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0)
-    length = 16 if settings.model == "tiny" else 128
+    length = 16 if size == "tiny" else 128
     vocabulary = policy.config.vocab_size
     prompts = torch.randint(3, vocabulary, (PROMPTS, length), device=settings.device).repeat_interleave(ROLLOUTS, 0)
 
@@ -76,7 +93,7 @@ def measure_method(settings: Settings, method: str) -> dict[str, Any]:
     if method != "full":
         measure.move(policy)
     sequences = rollout()
-    check_logprobs(settings, method, policy, sequences[:1], length)
+    check_logprobs(settings, size, method, policy, sequences[:1], length)
     measure.release(settings.device)
     measure.synchronize(settings.device)
     started = settings.clock()
@@ -86,11 +103,11 @@ def measure_method(settings: Settings, method: str) -> dict[str, Any]:
     train(sequences)
     states = [t for state in optimizer.state.values() for t in state.values()]
     if not all(t.isfinite().all() for t in [*trained, *states]):
-        raise RuntimeError(f"{method}: a step of {settings.model} in {settings.dtype} leaves non-finite values")
+        raise RuntimeError(f"{method}: a step of {size} in {settings.dtype} leaves non-finite values")
     times |= measure.interleaved_medians({"train_s": lambda: train(sequences)}, settings, warm_up=0)
     held = sum(t.nbytes for t in [*policy.parameters(), *policy.buffers(), *states])
     return {
-        "model": settings.model,
+        "model": size,
         "method": method,
         "trained": sum(p.numel() for p in trained),
         "adapt_s": adapt_seconds,
@@ -109,7 +126,9 @@ def completion_logprobs(model: nn.Module, sequences: torch.Tensor, length: int) 
 
 
 @torch.no_grad()
-def check_logprobs(settings: Settings, method: str, policy: nn.Module, sequences: torch.Tensor, length: int) -> None:
+def check_logprobs(
+    settings: Settings, size: str, method: str, policy: nn.Module, sequences: torch.Tensor, length: int
+) -> None:
     """The policy's log-probs against those of its folded weights in float32.
 
     Both run the first `checked_layers` decoder layers, which of a model that fits are all.
@@ -117,21 +136,21 @@ def check_logprobs(settings: Settings, method: str, policy: nn.Module, sequences
     Raises:
         RuntimeError: where they are further apart than rounding explains.
     """
-    layers = checked_layers(settings.model)
+    layers = checked_layers(size)
     config = policy.config
     whole, config.num_hidden_layers = config.num_hidden_layers, layers  # Qwen3's forward stops there
     try:
         logprobs = completion_logprobs(policy, sequences, length)
     finally:
         config.num_hidden_layers = whole
-    reference = float32_reference(settings, policy, layers)
+    reference = float32_reference(settings, size, policy, layers)
     exact = completion_logprobs(reference, sequences, length)
     rounded = completion_logprobs(reference.to(settings.dtype), sequences, length)
     gap, rounding = (float((found - exact).square().mean().sqrt()) for found in (logprobs, rounded))
     tolerance = max(ROUNDINGS * rounding, SMALLEST_TOLERANCE)
     if not gap < tolerance:
         raise RuntimeError(
-            f"{method}: log-probs of {settings.model} ({layers} of {whole} decoder layers) in {settings.dtype} are "
+            f"{method}: log-probs of {size} ({layers} of {whole} decoder layers) in {settings.dtype} are "
             f"{gap:.2g} nats (RMS) from those of the folded weights in float32; rounding explains {tolerance:.2g}"
         )
 
@@ -145,9 +164,9 @@ def checked_layers(size: str) -> int:
 
 
 @torch.no_grad()
-def float32_reference(settings: Settings, policy: nn.Module, layers: int) -> nn.Module:
+def float32_reference(settings: Settings, size: str, policy: nn.Module, layers: int) -> nn.Module:
     """A plain model of the policy's first decoder layers, with its folded weights, in float32."""
-    reference = random_model(settings.model, settings.device, torch.float32, layers)
+    reference = random_model(size, settings.device, torch.float32, layers)
     missing = dict(reference.named_parameters())
     for weight in checkpoint_weights(policy):
         if (parameter := missing.pop(weight.name, None)) is not None:

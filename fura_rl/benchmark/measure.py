@@ -32,7 +32,7 @@ class Settings:
     repeats: int
     seconds: float  # a measurement stops repeating after this long, but never before three repeats
     sizes: tuple[str, ...]  # keys of `models.SIZES` whose layers are measured
-    model: str  # another: the model of the whole-model benchmarks
+    models: tuple[str, ...]  # keys of it too: those that the whole-model benchmarks run
     autocast: bool = False  # every contender of the layer benchmark runs forward under autocast of `dtype`
     clock: Callable[[], float] = time.perf_counter  # seconds; `time.process_time` where others share the machine
     budget: Budget = field(default_factory=Budget)
@@ -131,6 +131,22 @@ def resident_bytes(field_name: str) -> int:
     """`VmRSS` (now) or `VmHWM` (the most) of this process: proc(5)."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field_name))
     return 1024 * int(line.split()[1])
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that is still to be had on the device; inf where the system does not say: proc(5)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    file = Path("/proc/meminfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
+
+
+def require_memory(needed: float, device: torch.device) -> None:
+    """Raises torch.OutOfMemoryError where there is less; a CPU's system would end the process instead."""
+    release(device)
+    if needed > (free := free_bytes(device)):
+        raise torch.OutOfMemoryError(f"it needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} are free")
 
 
 def saved_activation_bytes(call: Callable[[], Any], module: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""Conversion of whole models: one for real with its peak, every size by arithmetic on the meta device."""
+"""Conversion of whole models: for real with its peak where they fit, every size by arithmetic on the meta device."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from fura_rl.benchmark.models import layer_shapes, random_model
 def run(settings: Settings) -> list[dict[str, Any]]:
     """One row per size: bytes of weights and adapter, the largest peak of converting one layer, and their sum.
 
-    `convert_s` and `beyond_gb`, the peak beyond the model before, are measured on the whole of `settings.model` and
-    "not run" for the others.
+    `convert_s` and `beyond_gb`, the peak beyond the model before, are measured on those of `settings.models` that fit
+    into memory and "not run" for the others.
     """
-    sizes = dict.fromkeys([settings.model, *settings.sizes])
+    sizes = dict.fromkeys([*settings.models, *settings.sizes])
     return [describe(settings, size) for size in settings.budget.units("model", sizes)]
 
 
@@ -33,15 +33,20 @@ def describe(settings: Settings, size: str) -> dict[str, Any]:
     weights = sum(p.nbytes for p in policy.parameters()) - trained
     basis = sum(b.nbytes for name, b in policy.named_buffers() if "fura_core" in name)
     layer_peak = max(conversion_peak(settings, shape) for shape in layer_shapes(size))
-    measured = (
-        convert_for_real(settings) if size == settings.model else {"convert_s": "not run", "beyond_gb": "not run"}
-    )
+    needed = weights + trained + basis + layer_peak
+    measured: dict[str, Any] = {"convert_s": "not run", "beyond_gb": "not run"}
+    if size in settings.models:
+        try:
+            measure.require_memory(needed, settings.device)
+            measured = convert_for_real(settings, size)
+        except torch.OutOfMemoryError as error:
+            settings.budget.skip("model", f"the conversion of {size}", str(error).splitlines()[0])
     return {
         "model": size,
         "weights_gb": weights / 1e9,
         "adapter_gb": (trained + basis) / 1e9,
         "layer_peak_gb": layer_peak / 1e9,
-        "sum_gb": (weights + trained + basis + layer_peak) / 1e9,
+        "sum_gb": needed / 1e9,
         **measured,
     }
 
@@ -57,8 +62,8 @@ def conversion_peak(settings: Settings, shape: tuple[int, int]) -> int:
     return measure.peak_process_bytes(lambda: frames.svd_frame(weight, size), settings.device)
 
 
-def convert_for_real(settings: Settings) -> dict[str, float]:
-    model = random_model(settings.model, settings.device, torch.bfloat16)
+def convert_for_real(settings: Settings, size: str) -> dict[str, float]:
+    model = random_model(size, settings.device, torch.bfloat16)
     seconds, policies = [], []
 
     def convert() -> None:

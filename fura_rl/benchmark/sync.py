@@ -88,8 +88,7 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     """Raises SkippedError where vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:
         raise SkippedError("vllm is not installed")
-    sizes = settings.sizes if settings.model in settings.sizes else (settings.model,)
-    units = {f"{size} {place}": (size, measure_there) for size in sizes for place, measure_there in PLACES.items()}
+    units = {f"{size} {place}": (size, there) for size in settings.models for place, there in PLACES.items()}
     rows = [payload_row(size, method) for size in ("qwen3-1.7b", "7b") for method in METHODS]
     with tempfile.TemporaryDirectory(prefix="fura-benchmark-") as folder:
         for unit in settings.budget.units("sync", [*units, DRIFT]):
