@@ -18,9 +18,10 @@ from fura_rl.sync.base_weights import BaseWeights
 from fura_rl.sync.factors import Factors
 from fura_rl.sync.fold import checkpoint_weights
 from fura_rl.sync.remote_engine import Follower
+from fura_rl.sync.shifted_base import relative_to_start
 from fura_rl.sync.update_watch import UpdateCosine
 from fura_rl.sync.vllm_engine import InProcessEngine, find_model_runner
-from fura_rl.sync.weight_sync import WeightSync, relative_to_start
+from fura_rl.sync.weight_sync import WeightSync
 
 PROBE = list(range(5, 45))
 PROMPT = "<|user|>What is 27 + 15?<|end|><|assistant|>27+15=42 \\boxed{42}"

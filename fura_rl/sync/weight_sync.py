@@ -22,11 +22,12 @@ from fura_rl.sync.engine import LazyFactors, Push, RolloutEngine, Update
 from fura_rl.sync.factors import Factors
 from fura_rl.sync.fingerprint import Sample, base_sample
 from fura_rl.sync.fold import BaseSlices, CheckpointWeight, checkpoint_weights
-from fura_rl.sync.fold_rules import shifts_its_base, small_factors
+from fura_rl.sync.fold_rules import small_factors
 from fura_rl.sync.proof import Delivery, SyncProof
 from fura_rl.sync.remote_engine import Follower
 from fura_rl.sync.rounding import ROUNDINGS
 from fura_rl.sync.sharding import decided_by_the_first, failing_together, gathered, is_piece, local
+from fura_rl.sync.shifted_base import relative_to_start, starts_of_shifted_bases
 from fura_rl.sync.update_watch import UpdateWatch
 
 logger = logging.getLogger(__name__)
@@ -357,37 +358,6 @@ class WeightSync:
 
 def parent_of(module_name: str) -> str:
     return module_name.rpartition(".")[0]
-
-
-def starts_of_shifted_bases(weights: Iterable[CheckpointWeight], model: nn.Module) -> dict[str, Factors]:
-    """What PiSSA and its kin took out of the base weight when the adapter was made: B0 A0 of each layer.
-
-    Must be called before a checkpoint's adapter is loaded over the one just made.
-
-    Raises:
-        NotImplementedError: where what was taken out has no small form, so that the engine cannot put it back.
-    """
-    starts = {}
-    for weight in weights:
-        if weight.layer is None or not shifts_its_base(weight.layer, model.peft_config):
-            continue
-        factors = weight.factors()
-        if factors.rule != "low_rank":
-            raise NotImplementedError(
-                f"{weight.name}: the adapter moved its base weight when it was made, in a form that an engine which "
-                "reads its own checkpoint cannot follow; use vllm_mode=colocate"
-            )
-        starts[weight.name] = Factors("low_rank", {part: tensor.clone() for part, tensor in factors.tensors.items()})
-    return starts
-
-
-def relative_to_start(factors: Factors, start: Factors) -> Factors:
-    """B A - B0 A0 as one low-rank product, (B - B0) A + B0 (A - A0): the update of the checkpoint's weight.
-
-    So written nothing large cancels: in 16 bits, as it is sent, B A - B0 A0 would be off by more than a small update.
-    """
-    up, down, up0, down0 = (tensors[part] for tensors in (factors.tensors, start.tensors) for part in ("up", "down"))
-    return Factors("low_rank", {"up": torch.cat([up - up0, up0], dim=1), "down": torch.cat([down, down - down0])})
 
 
 def refuse_without_small_form(weights: Iterable[CheckpointWeight]) -> None:
