@@ -12,8 +12,8 @@
     python launch/benchmark.py rewards                   grading answers: throughput, hostile answers, beside peers
     python launch/benchmark.py all --device cuda --out outputs/benchmark    everything, in under eight minutes
 
-layer, convert, model, fold and step check their results against a float32 reference, step that they stay finite too;
-sync checks the engine's log-probs against the trainer's, both in --dtype.  A failed check ends the benchmark.
+layer, convert, model, fold, step and sync check their results against a float32 reference first, step that they stay
+finite too, sync the engine's log-probs against the trainer's in --dtype as well.  A failed check ends the benchmark.
 Writes benchmark.json, benchmark.md (the README's tables) and layer.png to --out.  Needs torch, transformers, peft and
 accelerate; sync needs vllm, quantize bitsandbytes, the plot matplotlib.  What is missing, and what no longer fits the
 time, is skipped with a line.

@@ -58,7 +58,7 @@ def test_the_audit_names_the_one_stale_expert(moe, adapter, monkeypatch):
     perturb_trained(policy, 0.1, seed=1)
     assert sync.sync().audit_gain_min == pytest.approx(1, abs=0.02)
     stack = "model.layers.1.mlp.experts"
-    assert all(sync.audit.knows(f"{stack}.{expert}") for expert in range(8))
+    assert all(sync.proof.audit.knows(f"{stack}.{expert}") for expert in range(8))
 
     old = {weight.name: weight.value()[3].clone() for weight in sync.weights.values() if weight.module_name == stack}
     write = vllm_model.fill

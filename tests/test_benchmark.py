@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, start_llm
 
 from fura_rl.adapters import frames
 from fura_rl.adapters.fura_layer import FuraLinear
@@ -25,6 +25,8 @@ from fura_rl.benchmark import (
     quantize,
     report,
     soak,
+    sync,
+    sync_engines,
 )
 from fura_rl.benchmark.budget import Budget
 from fura_rl.benchmark.contenders import make_contenders
@@ -424,6 +426,23 @@ def test_a_float32_reference_of_a_1_7b_is_whole_and_one_of_a_7b_has_its_first_la
         model = random_model(size, torch.device("meta"), torch.float32, layers)
         assert len(model.model.layers) == layers
         assert sum(p.nbytes for p in model.parameters()) < grpo_step.REFERENCE_BYTES + 2**20, "norms beside"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sync_is_timed_only_where_the_engine_computes_as_the_folded_weights_in_float32(dtype, tmp_path):
+    from fura_rl.sync.vllm_engine import InProcessEngine
+
+    settings = small_settings(dtype=dtype)
+    sync_engines.make_checkpoint(settings, "tiny", tmp_path)
+    engine = InProcessEngine(start_llm(tmp_path, sync_engines.dtype_name(dtype)))
+    for method in sync.METHODS:
+        policy = sync.make_policy(settings, tmp_path, method)
+        measured = settings, "tiny", method, policy, engine.prompt_logprobs
+        ways = sync.in_process_ways(policy, engine)
+        assert [row["sync"] for row in sync.measure_ways(*measured, ways)] == ["stock", "dense", "factored"]
+        ways["factored"] = sync.Way(dict)  # the engine is left with the weights before
+        with pytest.raises(RuntimeError, match=rf"tiny, {method}, factored: .* (differ by|in {dtype} are) .* nats"):
+            next(sync.measure_ways(*measured, ways))
 
 
 def test_a_soak_tells_what_grows_after_its_warm_up():

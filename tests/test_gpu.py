@@ -226,9 +226,9 @@ def test_prefill_and_cuda_graphs_compute_with_the_folded_weights(llm, checkpoint
     for step in range(3):
         perturb_trained(policy, 0.1 if adapter != "full" else 0.02, seed=step)
         report = sync.sync()
-        assert report.probe_max_gap < sync.probe_tolerance
+        assert report.probe_max_gap < sync.proof.tolerance
         assert report.audit_gain_min is None or report.audit_gain_min == pytest.approx(1.0, abs=0.2)
-        assert decoding_gap(llm, policy) < sync.probe_tolerance
+        assert decoding_gap(llm, policy) < sync.proof.tolerance
     assert probe.max_gap(start, probe.trainer_logprobs(policy, PROBE)) > 0.01, "it must move"
 
 
@@ -259,7 +259,7 @@ def test_one_copy_serves_rollouts_and_training_in_turn(checkpoint):
     of_engine = {p.untyped_storage().data_ptr() for p in engine.model.model.parameters()}
     for step in range(3):
         perturb_trained(policy, 0.1, seed=step)
-        assert sync.sync().probe_max_gap < sync.probe_tolerance
+        assert sync.sync().probe_max_gap < sync.proof.tolerance
         llm.generate([{"prompt_token_ids": PROBE}], use_tqdm=False)
         engine.restore()
         for weight in checkpoint_weights(policy):

@@ -272,7 +272,8 @@ def test_an_engine_that_has_lost_what_is_not_kept_is_named_with_the_way_out(poli
     engine.prepare({}, {})
     engine.push(policy.update())
     worker.restart()
-    with pytest.raises(EngineLostError, match=r"the engine lost its weights, .* resume from the last checkpoint"):
+    named = r"version 1 cannot be sent to the engine again, .*resume from the last checkpoint"
+    with pytest.raises(NotKeptError, match=named):
         engine.prompt_logprobs([1, 2, 3])
 
 

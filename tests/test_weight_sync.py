@@ -18,9 +18,10 @@ from fura_rl.sync.base_weights import BaseWeights
 from fura_rl.sync.factors import Factors
 from fura_rl.sync.fold import checkpoint_weights
 from fura_rl.sync.remote_engine import Follower
+from fura_rl.sync.shifted_base import relative_to_start
 from fura_rl.sync.update_watch import UpdateCosine
 from fura_rl.sync.vllm_engine import InProcessEngine, find_model_runner
-from fura_rl.sync.weight_sync import WeightSync, relative_to_start
+from fura_rl.sync.weight_sync import WeightSync
 
 PROBE = list(range(5, 45))
 PROMPT = "<|user|>What is 27 + 15?<|end|><|assistant|>27+15=42 \\boxed{42}"
@@ -67,7 +68,7 @@ def make_sync(engine, folder, adapter, targets=None, dtype=torch.float32, adapte
 @pytest.mark.parametrize("adapter", METHODS)
 def test_engine_and_trainer_agree_after_many_syncs(engines, checkpoint, adapter):
     policy, sync = make_sync(*engines(checkpoint), adapter)
-    start = probe.trainer_logprobs(policy, sync.probe_token_ids)
+    start = probe.trainer_logprobs(policy, sync.proof.token_ids)
     for step in range(20):
         perturb_trained(policy, 0.05, seed=step)
         report = sync.sync()
@@ -75,7 +76,7 @@ def test_engine_and_trainer_agree_after_many_syncs(engines, checkpoint, adapter)
         assert report.update_cosine == pytest.approx(1.0)
         assert report.audit_gain_min == pytest.approx(1.0, abs=0.01)
         assert report.version == step + 2
-    moved = probe.max_gap(start, probe.trainer_logprobs(policy, sync.probe_token_ids))
+    moved = probe.max_gap(start, probe.trainer_logprobs(policy, sync.proof.token_ids))
     assert moved > 200 * PARITY_NATS, "it must move; HiRA's products move least"
 
 
@@ -118,11 +119,11 @@ def test_the_engine_serves_folded_weights_of_every_storage(engines, adapter, ada
         *engines("untied"), adapter, ["q_proj", "o_proj"], adapter_kwargs=adapter_kwargs, **loading
     )
     sync.version = 0
-    start = probe.trainer_logprobs(policy, sync.probe_token_ids)
+    start = probe.trainer_logprobs(policy, sync.proof.token_ids)
     for step in range(5):
         perturb_trained(policy, 0.05, seed=step)
         assert sync.sync().probe_max_gap < tolerance
-    moved = probe.max_gap(start, probe.trainer_logprobs(policy, sync.probe_token_ids))
+    moved = probe.max_gap(start, probe.trainer_logprobs(policy, sync.proof.token_ids))
     assert moved > 1000 * PARITY_NATS, "it must move"
 
 
@@ -182,7 +183,7 @@ def test_weights_that_are_looked_at_one_by_one_look_as_they_do_together(engines,
     for waiting_bytes in (update_watch.CPU_WAITING_BYTES, 0):
         monkeypatch.setattr(update_watch, "CPU_WAITING_BYTES", waiting_bytes)
         found.append(sync.sync())
-        sync.audit = KernelAudit()  # the update is counted from the base again
+        sync.proof.audit = KernelAudit()  # the update is counted from the base again
     assert sizes[-14:] == [1] * 14
     assert sum(sizes[:-14]) == 14
     assert len(sizes[:-14]) < 7
@@ -329,8 +330,8 @@ def test_stochastic_rounding_delivers_on_average_what_nearest_rounding_swallows(
 
 
 def probe_after(sync):
-    assert sync.sync().probe_max_gap < sync.probe_tolerance
-    return sync.engine.prompt_logprobs(sync.probe_token_ids)
+    assert sync.sync().probe_max_gap < sync.proof.tolerance
+    return sync.engine.prompt_logprobs(sync.proof.token_ids)
 
 
 def test_a_sync_that_does_not_arrive_is_named_stale(engines, monkeypatch):
@@ -356,7 +357,7 @@ def test_a_probe_that_fails_twice_names_what_an_audit_then_finds_stale(engines, 
     policy, sync = make_sync(*engines("tied"), "fura")
     sync.audits.every = 0
     if not audited_before:
-        sync.audit = KernelAudit()
+        sync.proof.audit = KernelAudit()
     perturb_trained(policy, 0.2, seed=0)
     skipped = "model.layers.1.self_attn.o_proj"
     leave_out(sync, monkeypatch, lambda module: module == skipped)

@@ -26,6 +26,9 @@ from fura_rl.adapters import block_kernels
 
 SMALL_CPU_BATCH = 768  # tokens below which a copy costs less than one kernel launch per block (measured, 2 cores)
 TOKENS_IN_CACHE = 256  # tokens whose activations a CPU keeps in cache between two products
+# Tokens summed over at once by a CPU in 32 bits and more: of one block each lies in pages of its own, and with many the
+# processor looks up addresses half of the time (measured, 1,024 to 18,944 wide; 256 take up to 1.8 times as long)
+TOKENS_IN_A_SUM = 48
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
@@ -190,15 +193,16 @@ def as_blocks(x: torch.Tensor, n: int, b: int) -> torch.Tensor:
 def token_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """The sum over tokens of left_i right_i^T, (n, tokens, b) each, to (n, b, b): D's gradient from that of x + D x.
 
-    In float32 or wider.  On a CPU a cache-full of tokens at a time; in 16 bits from contiguous copies, since its
-    kernels take strided blocks at a fifth of the rate.
+    In float32 or wider.  On a CPU some tokens at a time; in 16 bits from contiguous copies, since its kernels take
+    strided blocks at a fifth of the rate.
     """
     dtype = torch.promote_types(left.dtype, torch.float32)
     if left.device.type != "cpu":
         narrow = left.is_cuda and left.dtype != dtype
         return torch.bmm(left.mT, right, out_dtype=dtype) if narrow else torch.bmm(left.mT, right).to(dtype)
     total = None
-    for left_part, right_part in zip(cache_fulls(left), cache_fulls(right), strict=True):
+    size = TOKENS_IN_CACHE if left.dtype != dtype else TOKENS_IN_A_SUM
+    for left_part, right_part in zip(token_parts(left, size), token_parts(right, size), strict=True):
         if left.dtype != dtype:
             product = torch.bmm(left_part.contiguous().mT, right_part.contiguous())
             total = product.to(dtype) if total is None else total.add_(product)
@@ -209,9 +213,9 @@ def token_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def cache_fulls(blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(n, tokens, b) in parts of as many tokens as a CPU's cache holds."""
-    return blocks.split(TOKENS_IN_CACHE, dim=1) if blocks.shape[1] > TOKENS_IN_CACHE else (blocks,)
+def token_parts(blocks: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+    """(n, tokens, b) in parts of so many tokens."""
+    return blocks.split(size, dim=1) if blocks.shape[1] > size else (blocks,)
 
 
 def adds_identity(x: torch.Tensor) -> bool:
@@ -249,7 +253,8 @@ def move_blocks(x: torch.Tensor, factors: torch.Tensor, result: torch.Tensor) ->
     wide = adds_identity(x)
     if not wide:
         factors = factors.contiguous()
-    for part, target in zip(cache_fulls(x), cache_fulls(result), strict=True):
+    parts = (token_parts(blocks, TOKENS_IN_CACHE) for blocks in (x, result))
+    for part, target in zip(*parts, strict=True):
         blocks = part if wide else part.contiguous()
         target.copy_(torch.bmm(blocks, factors) if wide else torch.baddbmm(blocks, blocks, factors))
 

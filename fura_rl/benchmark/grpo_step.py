@@ -19,15 +19,11 @@ from fura_rl.adapters.fura_tuner import PAPER_TARGETS
 from fura_rl.benchmark import measure
 from fura_rl.benchmark.measure import Settings
 from fura_rl.benchmark.models import SIZES, projection_shapes, random_model, tied
-from fura_rl.sync.fold import checkpoint_weights
+from fura_rl.benchmark.reference import check_logprobs_against, float32_reference
 
 METHODS = ("fura", "lora", "full")
 PROMPTS, ROLLOUTS = 2, 4
 REFERENCE_BYTES = 8 * 2**30  # of the float32 model: all of Qwen3-1.7B, the first 4 decoder layers of a 7B
-# The policy's log-probs may be so many times further from float32 than those of a plain model in the same dtype, as RMS
-# in nats: rounding alone gives 1e-2 in bfloat16 on Qwen3-0.6B and 4e-2 on Qwen3-1.7B, a missing adapter 0.3.
-ROUNDINGS = 3.0
-SMALLEST_TOLERANCE = 1e-4
 
 
 def run(settings: Settings) -> list[dict[str, Any]]:
@@ -143,16 +139,11 @@ def check_logprobs(
         logprobs = completion_logprobs(policy, sequences, length)
     finally:
         config.num_hidden_layers = whole
-    reference = float32_reference(settings, size, policy, layers)
-    exact = completion_logprobs(reference, sequences, length)
-    rounded = completion_logprobs(reference.to(settings.dtype), sequences, length)
-    gap, rounding = (float((found - exact).square().mean().sqrt()) for found in (logprobs, rounded))
-    tolerance = max(ROUNDINGS * rounding, SMALLEST_TOLERANCE)
-    if not gap < tolerance:
-        raise RuntimeError(
-            f"{method}: log-probs of {size} ({layers} of {whole} decoder layers) in {settings.dtype} are "
-            f"{gap:.2g} nats (RMS) from those of the folded weights in float32; rounding explains {tolerance:.2g}"
-        )
+    reference = float32_reference(policy, size, settings.device, layers)
+    what = f"{method}: log-probs of {size} ({layers} of {whole} decoder layers)"
+    check_logprobs_against(
+        reference, lambda model: completion_logprobs(model, sequences, length), what, logprobs, settings.dtype
+    )
 
 
 def checked_layers(size: str) -> int:
@@ -161,16 +152,3 @@ def checked_layers(size: str) -> int:
     embeddings = shape["vocab_size"] * shape["hidden_size"] * (1 if tied(size) else 2)
     layer = sum(rows * columns for rows, columns in projection_shapes(size))
     return min(shape["num_hidden_layers"], max(1, (REFERENCE_BYTES // 4 - embeddings) // layer))
-
-
-@torch.no_grad()
-def float32_reference(settings: Settings, size: str, policy: nn.Module, layers: int) -> nn.Module:
-    """A plain model of the policy's first decoder layers, with its folded weights, in float32."""
-    reference = random_model(size, settings.device, torch.float32, layers)
-    missing = dict(reference.named_parameters())
-    for weight in checkpoint_weights(policy):
-        if (parameter := missing.pop(weight.name, None)) is not None:
-            parameter.copy_(weight.value())
-    if missing:
-        raise RuntimeError(f"the policy has no weights for {', '.join(missing)} of its float32 reference")
-    return reference

@@ -1,8 +1,9 @@
 """A weight sync into a live vLLM engine: small factors and whole weights, against TRL's merge, push and unmerge.
 
-In process and through a real server.  Every sync follows a fresh step of the policy; it is timed with the audit of
-every kernel and without the probe prompt, which by default belongs to one sync in ten (its gap is reported).  Then
-the payload of real models by arithmetic, and what a thousand syncs leave of bfloat16 base weights.
+In process and through a real server.  Before anything is timed, what the engine computes after each kind of sync is
+compared with the policy's folded weights in float32.  Every sync follows a fresh step of the policy; it is timed with
+the audit of every kernel and without the probe prompt, which by default belongs to one sync in ten (its gap is
+reported).  Then the payload of real models by arithmetic, and what a thousand syncs leave of bfloat16 base weights.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from fura_rl.adapters.fura_tuner import PAPER_TARGETS
 from fura_rl.benchmark import measure, sync_engines
 from fura_rl.benchmark.measure import Settings
 from fura_rl.benchmark.models import SIZES, projection_shapes
+from fura_rl.benchmark.reference import check_logprobs_against, float32_reference
 from fura_rl.sync import probe
 
 if TYPE_CHECKING:
@@ -194,11 +196,20 @@ def measure_ways(
     step = functools.partial(take_step, policy, torch.Generator(settings.device).manual_seed(0))
     gaps = {}
     for name, way in ways.items():  # also the warm-up: the first sync is probed, and learns where weights go
-        step()
+        measure.move(policy)  # so far that an engine left behind is not taken for one that rounds
         way.sync()
-        gaps[name] = probe.max_gap(engine_logprobs(TOKENS), probe.trainer_logprobs(policy, TOKENS))
+        served = engine_logprobs(TOKENS)
+        gaps[name] = probe.max_gap(served, probe.trainer_logprobs(policy, TOKENS))
         if gaps[name] > probe.default_tolerance(settings.dtype):
             raise RuntimeError(f"{size}, {method}, {name}: engine and policy differ by {gaps[name]:.3g} nats")
+        check_logprobs_against(
+            float32_reference(policy, size, settings.device),
+            functools.partial(probe.trainer_logprobs, token_ids=TOKENS),
+            f"{size}, {method}, {name}: the engine's log-probs",
+            served,
+            settings.dtype,
+        )
+    measure.release(settings.device)
     rates = machine_rates(settings)
     begun = time.perf_counter()
     for repeat in range(settings.repeats):

@@ -23,10 +23,6 @@ from fura_rl.adapters.quantized import holds_packed_weight
 from fura_rl.sync.factors import Factors, Span
 from fura_rl.sync.sharding import by_rows, whole
 
-# Starts of LoRA that move the base weight: the engine's checkpoint has the weight from before
-SHIFTING_INITS = ("pissa", "olora", "corda", "loftq")
-SHIFTING_METHODS = ("MILORA",)
-
 
 def fura_factors(layer: FuraLinear, names: list[str]) -> Factors | None:
     """D of the base form, relative to the base weight: no SVD and no sign convention leaves the trainer."""
@@ -125,15 +121,6 @@ def merge_order(layer: BaseTunerLayer) -> list[str]:
     the other way round: of two adapters the merged layer is not the unmerged one.
     """
     return list(reversed(layer.active_adapters)) if isinstance(layer, OFTLinear) else list(layer.active_adapters)
-
-
-def shifts_its_base(layer: BaseTunerLayer, adapter_configs: dict[str, Any]) -> bool:
-    """Whether making the adapter moved the base weight away from the checkpoint's (PiSSA and its kin)."""
-    configs = [adapter_configs[name] for name in layer.active_adapters if name in adapter_configs]
-    inits = [getattr(config, "init_lora_weights", None) for config in configs]
-    return any(config.peft_type.value in SHIFTING_METHODS for config in configs) or any(
-        isinstance(init, str) and init.lower().startswith(SHIFTING_INITS) for init in inits
-    )
 
 
 def _float(tensor: torch.Tensor | None) -> torch.Tensor | None:

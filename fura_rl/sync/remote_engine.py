@@ -42,12 +42,12 @@ class OwnedByAnotherError(RemoteSyncError):
     """The engine belongs to another trainer, whose lease runs."""
 
 
-class NotKeptError(RemoteSyncError):
-    """The last version was too large to be kept, so that an engine which serves it cannot be sent it again."""
-
-
 class EngineLostError(RuntimeError):
     """The engine was restarted or cannot be reached; it can be claimed and synced again."""
+
+
+class NotKeptError(EngineLostError):
+    """The last version was too large to be kept, so that an engine cannot be brought back to it."""
 
 
 class Transport(Protocol):
@@ -115,6 +115,14 @@ class Message:
     @property
     def can_be_sent(self) -> bool:
         return self.kept is not None or self._encode is not None
+
+    def refuse_unless_kept(self, address: str) -> None:
+        """Raises NotKeptError where it can no longer be sent to the engine at `address`."""
+        if not self.can_be_sent:
+            raise NotKeptError(
+                f"version {self.version} cannot be sent to {address} again, since whole weights of more than "
+                f"{KEPT_BYTES / 2**30:g} GiB are not kept (resume from the last checkpoint)"
+            )
 
     def chunks(self) -> Iterator[payload.Chunk]:
         """All chunks in order; holds none that is not kept."""
@@ -297,7 +305,8 @@ class RemoteEngine:
         Returns the seconds by phase of the delivery that arrived.
 
         Raises:
-            EngineLostError: where it is not up in time, or the last version was too large to be kept.
+            EngineLostError: where it is not up in time.
+            NotKeptError: where the last version was too large to be kept.
             RemoteSyncError: where what came up is not the engine that was lost: another base, another trainer's.
         """
         deadline = time.monotonic() + timeout
@@ -317,11 +326,7 @@ class RemoteEngine:
         Raises:
             NotKeptError: where it was too large to be kept.
         """
-        if not self._last.can_be_sent:
-            raise NotKeptError(
-                f"version {self._last.version} cannot be sent to {self.transport.address} again, since whole weights "
-                f"of more than {KEPT_BYTES / 2**30:g} GiB are not kept"
-            )
+        self._last.refuse_unless_kept(self.transport.address)
         self._deliver_once(self._last)
 
     def _deliver_last(self) -> dict[str, float]:
@@ -330,11 +335,7 @@ class RemoteEngine:
             if self._paused:
                 self._resume()
             return {}
-        if not self._last.can_be_sent:
-            raise EngineLostError(
-                f"{self.transport.address} lost its weights, and whole weights of more than {KEPT_BYTES / 2**30:g} GiB "
-                "are not kept to be sent again: resume from the last checkpoint"
-            )
+        self._last.refuse_unless_kept(self.transport.address)
         return self._deliver(self._last, from_nothing=True)
 
     def push(self, update: Update) -> Push:

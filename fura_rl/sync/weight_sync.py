@@ -15,25 +15,24 @@ import torch.distributed as dist
 from torch import nn
 
 from fura_rl.adapters.quantized import keep_layout
-from fura_rl.sync import expert_audit, probe
-from fura_rl.sync.audit import KernelAudit, stale_modules
+from fura_rl.sync import probe
+from fura_rl.sync.audit import KernelAudit
 from fura_rl.sync.audit_schedule import AuditSchedule
 from fura_rl.sync.engine import LazyFactors, Push, RolloutEngine, Update
-from fura_rl.sync.expert_audit import expert_layers
 from fura_rl.sync.factors import Factors
 from fura_rl.sync.fingerprint import Sample, base_sample
 from fura_rl.sync.fold import BaseSlices, CheckpointWeight, checkpoint_weights
-from fura_rl.sync.fold_rules import shifts_its_base, small_factors
-from fura_rl.sync.remote_engine import EngineLostError, Follower, NotKeptError, RemoteSyncError
+from fura_rl.sync.fold_rules import small_factors
+from fura_rl.sync.proof import Delivery, SyncProof
+from fura_rl.sync.remote_engine import Follower
 from fura_rl.sync.rounding import ROUNDINGS
-from fura_rl.sync.sharding import decided_by_the_first, failing_together, gathered, in_any_process, is_piece, local
-from fura_rl.sync.shared_audit import SharedKernels, worst_gains
+from fura_rl.sync.sharding import decided_by_the_first, failing_together, gathered, is_piece, local
+from fura_rl.sync.shifted_base import relative_to_start, starts_of_shifted_bases
 from fura_rl.sync.update_watch import UpdateWatch
 
 logger = logging.getLogger(__name__)
 
 SYNC_MODES = ("auto", "dense", "factored")
-SO_IT_STOPS = "Rollouts would come from another policy than the one trained, so the run stops here"
 
 Delivered = TypeVar("Delivered")
 
@@ -73,16 +72,6 @@ class SyncReport:
             "sync/update_cosine": self.update_cosine,
         }
         return {name: value for name, value in values.items() if value is not None}
-
-
-@dataclass(frozen=True)
-class Delivery:
-    """What a sync has sent, to be sent once more where the probe does not accept it."""
-
-    weights: list[CheckpointWeight]
-    watch: UpdateWatch
-    shared: bool  # whether every process audits the rows that it holds
-    gains: dict[str, float] | None  # its audit's, all fresh; None where it had none
 
 
 class WeightSync:
@@ -134,20 +123,15 @@ class WeightSync:
         self.mode = mode
         self.rounding = rounding
         self.seed = seed
-        self.audit = KernelAudit()
-        self.probe_token_ids = list(probe_token_ids)
         self.probe_every = probe_every
-        self.compute_dtype = compute_dtype or next(model.parameters()).dtype
-        dtypes = {engine.dtype, self.compute_dtype, *(p.dtype for p in model.parameters() if p.dtype == torch.int8)}
-        self.probe_tolerance = probe_tolerance or probe.default_tolerance(*dtypes)
+        compute_dtype = compute_dtype or next(model.parameters()).dtype
+        self.proof = SyncProof(model, engine, probe_token_ids, score, probe_tolerance, compute_dtype)
         for module in model.modules():
             keep_layout(module)
-        self.score = score
         self.version = 0  # of the last sync; a resumed run goes on counting from its checkpoint
         self._first = True  # nothing has reached the engine yet
         self._unproved = True  # what reaches it next is no step of what was proved before
         self._syncs_since_audit = 0
-        self._previous_logprobs: torch.Tensor | None = None
         self._rounding_seed: int | None = None  # of the last push
         self._begun: set[str] = set()  # weights of the last delivery whose making, and gathering, has begun
         self.weights = self._current_weights()
@@ -232,21 +216,25 @@ class WeightSync:
             lambda: self.audits.due(self.version, self._unproved, self.rollout_seconds(), self._syncs_since_audit)
         )
         # without an audit what the engine must compute is noted anew at the next
-        watch = self._watch(self.audit if audited else None, shared)
+        watch = self._watch(self.proof.audit if audited else None, shared)
         probed = self._unproved or self.version % self.probe_every == 0
         clock.append(time.perf_counter())
         # before the push: where policy and engine share their storage, the policy's forward would undo it
-        expected = self.score(self.model, self.probe_token_ids) if probed else None
+        expected = self.proof.expected() if probed else None
         clock.append(time.perf_counter())
         with failing_together():
             push = self._push(chosen, watch, shared)
         clock.append(time.perf_counter())
+        again = watch if audited else self._watch(self.proof.audit, shared)
+        resend = functools.partial(self._resend, chosen, again, shared)
+        delivery = Delivery(self.weights, self._syncs_since_audit, shared, resend)
+        if audited:
+            self._syncs_since_audit = 0
         with failing_together():
-            gains = self._audit(shared) if audited and (shared or not self.follows) else {}
+            gains = self.proof.by_audit(delivery) if audited and (shared or not self.follows) else {}
         clock.append(time.perf_counter())
         self.version += 1
-        delivery = Delivery(chosen, watch, shared, gains if audited else None)
-        gap = None if expected is None else self._probe(expected, delivery)
+        gap = None if expected is None else self.proof.by_probe(delivery, expected, gains if audited else None)
         self._first = self._unproved = False
         clock.append(time.perf_counter())
         _, scoring, _, auditing, probing = (after - before for before, after in itertools.pairwise(clock))
@@ -317,6 +305,15 @@ class WeightSync:
         watch.finish()
         return Push(push.payload_bytes, phases)
 
+    def _resend(self, chosen: list[CheckpointWeight], watch: UpdateWatch, shared: bool) -> None:
+        """Send `chosen` once more, and note what an audit must see of it where that was not noted before.
+
+        It is noted now and not when it is asked for: an engine that shares the policy's storage has the base weights
+        only until it has folded them.
+        """
+        self._watched(self.engine.resend, chosen, watch, shared)
+        watch.finish()
+
     def _watched(
         self, deliver: Callable[[], Delivered], chosen: list[CheckpointWeight], watch: UpdateWatch, shared: bool
     ) -> Delivered:
@@ -348,14 +345,6 @@ class WeightSync:
             except Exception as error:
                 logger.warning("weight sync: %s could not be gathered after a failure: %r", weight.name, error)
 
-    def _expect_of_experts(self) -> None:
-        for layer in expert_layers(self.model, self.weights.values()):
-            replies = layer.replies(self.engine.dtype)
-            bases = None if all(map(self.audit.knows, layer.names)) else layer.base_replies()
-            for expert, name in enumerate(layer.names):
-                base = None if bases is None else bases[expert]
-                self.audit.expect_reply(name, replies[expert], base, layer.spans, roundings=expert_audit.ROUNDINGS)
-
     def _factors(self, weight: CheckpointWeight) -> Factors:
         if self.mode == "dense":
             return Factors("dense", {"weight": weight.value()})
@@ -366,169 +355,9 @@ class WeightSync:
         """This process's rows of the base weight as the checkpoint has it, also where making the adapter moved it."""
         return replace(weight.read_local(), start=self._starts.get(weight.name))
 
-    def _audit(self, shared: bool) -> dict[str, float]:
-        """The gains of the engine's kernels, all fresh; what is stale is sent once more before the run is stopped.
-
-        Where the audit is `shared`, collective and with the same outcome in every process.
-
-        Raises:
-            StaleEngineError: naming the modules that did not take their weights twice, or once where they are not kept.
-        """
-        self._expect_of_experts()
-        syncs, self._syncs_since_audit = self._syncs_since_audit, 0
-        own, gains = self._gains(shared, syncs)
-        if stale := stale_modules(gains, syncs):
-            logger.warning("weight sync: %s did not take the new weights; sending them once more", ", ".join(stale))
-            try:
-                (SharedKernels(self.engine) if shared else self.engine).resend()
-            except NotKeptError as error:
-                raise probe.StaleEngineError(stale_message(stale, gains, syncs, f"once, and {error}")) from error
-            own, gains = self._gains(shared, syncs)
-        if stale := stale_modules(gains, syncs):
-            raise probe.StaleEngineError(stale_message(stale, gains, syncs))
-        self.audit.accept(own)
-        return gains
-
-    def _gains(self, shared: bool, syncs: int) -> tuple[dict[str, float], dict[str, float]]:
-        """The gains of the engine's kernels at the rows that this process looks at, and the worst of all processes'."""
-        if not shared:
-            own = self.audit.gains(self.engine, syncs)
-            return own, own
-        with failing_together():
-            own = self.audit.gains(SharedKernels(self.engine), syncs)
-        return own, worst_gains(own)
-
-    def _probe(self, trainer: torch.Tensor, delivery: Delivery) -> float | None:
-        """The largest gap between the policy's log-probs of the probe, `trainer`, and the engine's.
-
-        Where an engine of any process fails, every process sends its weights once more before the run is stopped.
-
-        Raises:
-            StaleEngineError: where it fails twice, with the modules that an audit finds stale, due or not; where it
-                fails once, if the weights cannot be sent again.
-        """
-        gap, failure = self._compare(trainer)
-        if in_any_process(failure is not None):
-            if failure:
-                logger.warning("%s. Sending the weights once more", failure)
-            self._resend(delivery, failure)
-            gap, failure = self._compare(trainer)
-            if in_any_process(failure is not None):
-                with failing_together():
-                    found = self._audit_words(delivery) if delivery.shared or not self.follows else ""
-                with failing_together():
-                    if failure:
-                        again = f"so they do after the weights were sent once more; {found}"
-                        raise probe.StaleEngineError(f"{failure}; {again}. {SO_IT_STOPS}")
-            logger.warning("weight sync: the probe is passed by the weights that were sent once more")
-        self._previous_logprobs = trainer
-        return gap
-
-    def _compare(self, trainer: torch.Tensor) -> tuple[float | None, probe.StaleEngineError | None]:
-        """The probe's gap, or what it fails by."""
-        with failing_together():
-            try:
-                if self.follows:
-                    return None, None
-                gap = probe.check(
-                    self.engine.prompt_logprobs(self.probe_token_ids),
-                    trainer,
-                    tolerance=self.probe_tolerance,
-                    previous=self._previous_logprobs,
-                    engine_dtype=self.engine.dtype,
-                    trainer_dtype=self.compute_dtype,
-                )
-            except probe.StaleEngineError as failure:
-                return None, failure
-            return gap, None
-
-    def _resend(self, delivery: Delivery, failure: probe.StaleEngineError | None) -> None:
-        """Send what was `delivery`, noting for `_audit_words` what was not noted for an audit.
-
-        It is noted now and not when it is asked for: an engine that shares the policy's storage has the base weights
-        only until it has folded them.
-
-        Raises:
-            StaleEngineError: of the `failure`, where the weights cannot be sent again.
-        """
-        watch = delivery.watch if delivery.gains is not None else self._watch(self.audit, delivery.shared)
-        with failing_together():
-            try:
-                self._watched(self.engine.resend, delivery.weights, watch, delivery.shared)
-                watch.finish()
-            except (EngineLostError, RemoteSyncError) as lost:
-                if failure is None:
-                    raise
-                raise probe.StaleEngineError(
-                    f"{failure}. It could not be sent once more: {lost}. {SO_IT_STOPS}"
-                ) from lost
-
-    def _audit_words(self, delivery: Delivery) -> str:
-        """What an audit of the engine says.  Collective where it is shared."""
-        gains, stale, syncs = delivery.gains, [], self._syncs_since_audit
-        if gains is None:
-            self._expect_of_experts()
-            _, gains = self._gains(delivery.shared, syncs)
-            stale = stale_modules(gains, syncs)
-        if stale:
-            return f"an audit finds {len(stale)} of {len(gains)} modules stale: {shown_modules(stale, gains)}"
-        if gains:
-            return f"an audit finds none of {len(gains)} modules stale, so it is no weight that has not arrived"
-        return "an audit finds no update that is large enough to judge a module by"
-
 
 def parent_of(module_name: str) -> str:
     return module_name.rpartition(".")[0]
-
-
-def stale_message(stale: list[str], gains: dict[str, float], syncs: int, sent: str = "twice") -> str:
-    before = "the sync before" if syncs == 1 else f"one of the {syncs} syncs before, which were not audited"
-    cause = (
-        f"nothing of this sync arrived: the engine still serves the weights of {before}"
-        if len(stale) == len(gains)
-        else "these modules were skipped, or their kernels were not rebuilt"
-    )
-    return (
-        f"weight sync failed its audit: {len(stale)} of {len(gains)} modules do not compute with the weights they were "
-        f"sent, {sent}: {shown_modules(stale, gains)}. Gain 1 is fresh, 0 stale, nan no finite answer. Likely cause: "
-        f"{cause}. {SO_IT_STOPS}"
-    )
-
-
-def shown_modules(stale: list[str], gains: dict[str, float]) -> str:
-    shown = ", ".join(f"{name} (gain {gains[name]:.2f})" for name in stale[:8])
-    return shown + (f" and {len(stale) - 8} more" if len(stale) > 8 else "")
-
-
-def starts_of_shifted_bases(weights: Iterable[CheckpointWeight], model: nn.Module) -> dict[str, Factors]:
-    """What PiSSA and its kin took out of the base weight when the adapter was made: B0 A0 of each layer.
-
-    Must be called before a checkpoint's adapter is loaded over the one just made.
-
-    Raises:
-        NotImplementedError: where what was taken out has no small form, so that the engine cannot put it back.
-    """
-    starts = {}
-    for weight in weights:
-        if weight.layer is None or not shifts_its_base(weight.layer, model.peft_config):
-            continue
-        factors = weight.factors()
-        if factors.rule != "low_rank":
-            raise NotImplementedError(
-                f"{weight.name}: the adapter moved its base weight when it was made, in a form that an engine which "
-                "reads its own checkpoint cannot follow; use vllm_mode=colocate"
-            )
-        starts[weight.name] = Factors("low_rank", {part: tensor.clone() for part, tensor in factors.tensors.items()})
-    return starts
-
-
-def relative_to_start(factors: Factors, start: Factors) -> Factors:
-    """B A - B0 A0 as one low-rank product, (B - B0) A + B0 (A - A0): the update of the checkpoint's weight.
-
-    So written nothing large cancels: in 16 bits, as it is sent, B A - B0 A0 would be off by more than a small update.
-    """
-    up, down, up0, down0 = (tensors[part] for tensors in (factors.tensors, start.tensors) for part in ("up", "down"))
-    return Factors("low_rank", {"up": torch.cat([up - up0, up0], dim=1), "down": torch.cat([down, down - down0])})
 
 
 def refuse_without_small_form(weights: Iterable[CheckpointWeight]) -> None:
