@@ -120,7 +120,8 @@ def bfloat16_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def rollout_server(untied_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutServer]:
     """One real server of the untied checkpoint for all slow tests: its start is what costs."""
-    server = RolloutServer(untied_checkpoint, tmp_path_factory.mktemp("server") / "log.txt").start()
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    server = RolloutServer(untied_checkpoint, log, "--enable-prompt-tokens-details").start()
     try:
         yield server.wait_until_up()
     finally:

@@ -7,11 +7,14 @@ import pytest
 import torch
 from conftest import PARITY_NATS, make_moe_checkpoint, make_tiny_checkpoint, perturb_trained
 from peft import LoraConfig, get_peft_model
-from test_weight_sync import check_that_a_sync_drops_the_cache
+from test_weight_sync import check_that_a_sync_drops_the_cache, sampler_of
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import ModelConfig
 
 from fura_rl.adapters.registry import METHODS, peft_config_for
+from fura_rl.benchmark import measure
+from fura_rl.sync import payload, update_watch
+from fura_rl.sync.fold import checkpoint_weights
 from fura_rl.sync.probe import StaleEngineError
 from fura_rl.sync.remote_engine import RemoteEngine, RemoteSyncError
 from fura_rl.sync.weight_sync import WeightSync
@@ -209,7 +212,36 @@ def test_keys_and_values_that_were_cached_before_a_sync_are_dropped_in_another_p
     policy, engine, sync = trainer_on(engine_process, "fura")
     with closing(engine):
         sync.sync()
-        check_that_a_sync_drops_the_cache(engine.transport.llm, policy, sync)
+        check_that_a_sync_drops_the_cache(sampler_of(engine.transport.llm), policy, sync)
+
+
+@pytest.fixture(scope="module")
+def deep_engine(tmp_path_factory):
+    """Sixteen layers, each of them much larger than what the trainer gathers for a chunk or looks at at once."""
+    shape = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 16}
+    folder = make_tiny_checkpoint(tmp_path_factory.mktemp("deep"), tied=True, **shape)
+    with running(folder) as transport:
+        yield transport, folder
+
+
+@pytest.mark.parametrize("adapter", ["fura", "lora", "dora"])
+def test_a_factored_sync_holds_less_than_a_layer_of_the_policy_at_once(adapter, deep_engine, monkeypatch):
+    monkeypatch.setattr(payload, "CHUNK_BYTES", 2**16)
+    monkeypatch.setattr(update_watch, "CPU_WAITING_BYTES", 2**16)
+    transport, folder = deep_engine
+    wide = {"block_size": 64} if adapter == "fura" else {"r": 64}
+    config = peft_config_for(adapter, ModelConfig(), None, wide)
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config)
+    of_a_layer = sum(w.parameter.nbytes for w in checkpoint_weights(policy) if w.layer and ".layers.7." in w.name)
+    with closing(RemoteEngine(transport)) as engine:
+        sync = WeightSync(policy, engine, PROBE, probe_every=10**9, mode="factored")
+        sync.sync()
+        perturb_trained(policy, 0.1, seed=0)
+        reports = []
+        peak = measure.peak_bytes(lambda: reports.append(sync.sync()), torch.device("cpu"))
+        assert reports[0].audit_gain_min == pytest.approx(1.0, abs=0.01)
+        assert reports[0].payload_bytes > 2 * of_a_layer, "or all of it at once would not be seen"
+        assert peak < of_a_layer
 
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

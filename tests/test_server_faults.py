@@ -19,6 +19,7 @@ from distributed_trainer import TOKENS, policy_of
 from peft import get_peft_model
 from rollout_server import child_environment
 from slow_network import slow_network
+from test_weight_sync import check_that_a_sync_drops_the_cache
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import ModelConfig
 from vllm import SamplingParams
@@ -148,6 +149,22 @@ def test_a_quantized_policy_comes_back_whole_to_a_server_that_was_killed(rollout
         engine.restore(timeout=240.0)
         served = engine.prompt_logprobs(TOKENS)
         assert probe.max_gap(served, probe.trainer_logprobs(policy, TOKENS)) < PARITY_NATS
+
+
+def test_keys_and_values_that_were_cached_before_a_sync_are_dropped_by_a_server_too(trainer):
+    policy, sync, client = trainer
+    transport = client.engine.transport
+    settings = {"temperature": 0.0, "max_tokens": 16, "logprobs": 0, "return_token_ids": True}
+
+    def sample(prompt):
+        body = {"model": client.clients[0].model, "prompt": prompt} | settings
+        answer = transport.request("POST", "/v1/completions", json=body)
+        [choice] = answer["choices"]
+        cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return choice["token_ids"], choice["logprobs"]["token_logprobs"], cached
+
+    # a block of the cache has 128 tokens, vLLM's own choice on a CPU
+    check_that_a_sync_drops_the_cache(sample, policy, sync, prompt_length=150, cached_tokens=128)
 
 
 def test_a_batch_that_takes_longer_than_the_limit_names_the_limit_and_the_mend(trainer, rollout_server):

@@ -418,27 +418,32 @@ def test_the_audit_names_an_embedding_or_an_output_head_left_behind_alone(
 
 def test_nothing_is_sampled_from_keys_and_values_that_were_cached_before_a_sync(engines):
     engine, folder = engines("tied")
-    check_that_a_sync_drops_the_cache(engine.llm, *make_sync(engine, folder, "fura"))
+    check_that_a_sync_drops_the_cache(sampler_of(engine.llm), *make_sync(engine, folder, "fura"))
 
 
-def check_that_a_sync_drops_the_cache(llm, policy, sync):
-    sync.probe_every = 10**9  # a probe drops what is cached itself
-    prompt = [5 + i % 40 for i in range(100)]  # three blocks of the cache, and a rest
-
-    def sampled():
+def sampler_of(llm):
+    def sample(prompt):
         params = SamplingParams(temperature=0.0, max_tokens=16, logprobs=0)
-        return llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)[0]
+        [output] = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+        [completion] = output.outputs
+        entries = zip(completion.logprobs, completion.token_ids, strict=True)
+        return completion.token_ids, [entry[token].logprob for entry, token in entries], output.num_cached_tokens
 
-    sampled()
-    assert sampled().num_cached_tokens == 96, "the engine must cache prefixes, or nothing is shown here"
+    return sample
+
+
+def check_that_a_sync_drops_the_cache(sample, policy, sync, prompt_length=100, cached_tokens=96):
+    """`sample(prompt)` gives tokens, their log-probs, and how many tokens of the prompt came from the cache."""
+    sync.probe_every = 10**9  # a probe drops what is cached itself
+    prompt = [5 + i % 40 for i in range(prompt_length)]
+    sample(prompt)
+    assert sample(prompt)[2] == cached_tokens, "the engine must cache prefixes, or nothing is shown here"
     perturb_trained(policy, 2.0, seed=1)
     assert sync.sync().probe_max_gap is None
-    output = sampled()
-    [completion] = output.outputs
-    scored = probe.trainer_logprobs(policy, [*prompt, *completion.token_ids])[len(prompt) - 1 :]
-    served = [entry[token].logprob for entry, token in zip(completion.logprobs, completion.token_ids, strict=True)]
+    token_ids, served, cached = sample(prompt)
+    scored = probe.trainer_logprobs(policy, [*prompt, *token_ids])[len(prompt) - 1 :]
     assert probe.max_gap(torch.tensor(served), scored) < PARITY_NATS
-    assert output.num_cached_tokens == 0
+    assert cached == 0
 
 
 def test_non_finite_weights_stop_the_run_and_the_engine_recovers(engines):
