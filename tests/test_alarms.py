@@ -265,7 +265,8 @@ def test_a_run_whose_completions_are_all_cut_says_so(tmp_path):
 @pytest.mark.slow
 def test_a_run_with_a_far_too_large_rate_says_what_it_does_to_the_policy(tmp_path):
     engine = ["--vllm_dtype", "bfloat16", "--vllm_importance_sampling_correction", "true", "--alarm_gap_growth", 1.2]
-    rate = ["--learning_rate", 0.2, "--beta", 1e-3, "--max_steps", 14, "--warmup_steps", 8, "--alarm_entropy_frac", 0.3]
+    # what a diverged policy ends in is chance; over some steps it is a few tokens that it is sure of
+    rate = ["--learning_rate", 0.1, "--beta", 1e-3, "--max_steps", 20, "--warmup_steps", 8, "--alarm_entropy_frac", 0.8]
     done = run(*engine, *rate, "--reward_funcs", "test_alarms.short", "--output_dir", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     names = {name for name, _ in warned(done.stderr)}
