@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,8 +105,7 @@ class UpdateWatch:
         self._rounds = dtype.itemsize < 4
         self._span_rows = SPAN_ROWS if self._rounds else FLOAT32_SPAN_ROWS
         self._seen: set[str] = set()
-        self._waiting: dict[Hashable, list[RowSample]] = {}  # by kind
-        self._waiting_bytes: Counter[Hashable] = Counter()
+        self._waiting: dict[Hashable, list[RowSample]] = {}  # by kind, of which all have the same size
 
     def saw(self, weight: CheckpointWeight) -> bool:
         return weight.name in self._seen
@@ -130,14 +128,11 @@ class UpdateWatch:
             base = None if read is None else read.rows(tuple(spans))
             cut = cut_to_rows(read, factors, tuple(spans), weight.shape[1])
             sample = RowSample(weight.name, spans, base, cut, rounding_seed)
-            kind = sample.kind
-            self._waiting.setdefault(kind, []).append(sample)
-            self._waiting_bytes[kind] += sample.nbytes
+            self._waiting.setdefault(sample.kind, []).append(sample)
+            sizes = {kind: len(samples) * samples[0].nbytes for kind, samples in self._waiting.items()}
             on_cpu = next(iter(cut.tensors.values())).device.type == "cpu"
-            if self._waiting_bytes.total() > (CPU_WAITING_BYTES if on_cpu else WAITING_BYTES):
-                [(largest, _)] = self._waiting_bytes.most_common(1)
-                del self._waiting_bytes[largest]
-                self._look_at(self._waiting.pop(largest))
+            if sum(sizes.values()) > (CPU_WAITING_BYTES if on_cpu else WAITING_BYTES):
+                self._look_at(self._waiting.pop(max(sizes, key=sizes.get)))
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -146,7 +141,6 @@ class UpdateWatch:
             for samples in self._waiting.values():
                 self._look_at(samples)
             self._waiting.clear()
-            self._waiting_bytes.clear()
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
