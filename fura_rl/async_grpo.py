@@ -33,8 +33,9 @@ from fura_rl.serve import TOKEN_VARIABLE
 from fura_rl.sync.engine import RolloutEngine
 from fura_rl.sync.http_transport import HttpTransport
 from fura_rl.sync.probe import trainer_logprobs
-from fura_rl.sync.remote_engine import Follower, RemoteEngine, Transport
+from fura_rl.sync.remote_engine import Follower, RemoteEngine
 from fura_rl.sync.sharding import failing_together
+from fura_rl.sync.transport import Transport
 from fura_rl.sync.weight_sync import SyncReport, WeightSync
 from fura_rl.trainer import PROBE_TOKENS, keep_core_dtype
 

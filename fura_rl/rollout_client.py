@@ -21,7 +21,9 @@ import requests
 from trl.generation.vllm_client import VLLMClient
 
 from fura_rl.sync.http_transport import MAX_REQUESTS, HttpTransport, authorization, limit_every_wait
-from fura_rl.sync.remote_engine import EngineLostError, RemoteEngine, RemoteSyncError, Replicas
+from fura_rl.sync.remote_engine import RemoteEngine
+from fura_rl.sync.replicas import Replicas
+from fura_rl.sync.transport import EngineLostError, RemoteSyncError
 
 logger = logging.getLogger(__name__)
 

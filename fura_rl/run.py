@@ -29,8 +29,8 @@ from fura_rl.memory import OutOfMemory
 from fura_rl.metrics_file import MetricsFile
 from fura_rl.sync.payload_source import PayloadFolderError
 from fura_rl.sync.probe import StaleEngineError
-from fura_rl.sync.remote_engine import EngineLostError, RemoteSyncError
 from fura_rl.sync.sharding import PeerFailedError
+from fura_rl.sync.transport import EngineLostError, RemoteSyncError
 from fura_rl.trainer import FuraGRPOTrainer
 from rewards import WorkersError, load_reward
 

@@ -27,7 +27,7 @@ from trl import ModelConfig
 
 from fura_rl.adapters.registry import peft_config_for
 from fura_rl.rollout_client import RolloutClient
-from fura_rl.sync import remote_engine
+from fura_rl.sync import message
 from fura_rl.sync.engine import Push, Update
 from fura_rl.sync.factors import Factors
 from fura_rl.sync.http_transport import HttpTransport
@@ -126,7 +126,7 @@ def three_steps(accelerator: Accelerator, policy: torch.nn.Module, sync: WeightS
 def train_and_sync_replicas(accelerator: Accelerator, case: str, model: str, urls: str) -> dict[str, Any]:
     """Several servers; whole weights are here what is too large to be kept from the first of them to the second."""
     if case == "full":
-        remote_engine.KEPT_BYTES = 0
+        message.KEPT_BYTES = 0
     policy = policy_of(case, model)
     engine = RolloutClient(urls, 120.0).engine if accelerator.is_main_process else Follower(torch.float32)
     reports = three_steps(accelerator, policy, WeightSync(policy, engine, TOKENS, probe_every=1))

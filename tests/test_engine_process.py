@@ -16,7 +16,8 @@ from fura_rl.benchmark import measure
 from fura_rl.sync import payload, update_watch
 from fura_rl.sync.fold import checkpoint_weights
 from fura_rl.sync.probe import StaleEngineError
-from fura_rl.sync.remote_engine import RemoteEngine, RemoteSyncError
+from fura_rl.sync.remote_engine import RemoteEngine
+from fura_rl.sync.transport import RemoteSyncError
 from fura_rl.sync.weight_sync import WeightSync
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from fura_rl.sync import fold_rules, remote_engine, update_watch
+from fura_rl.sync import fold_rules, message, update_watch
 from fura_rl.sync.probe import StaleEngineError
 from fura_rl.sync.remote_engine import Follower, RemoteEngine
 from fura_rl.sync.weight_sync import WeightSync
@@ -147,7 +147,7 @@ def test_a_failing_probe_is_sent_once_more_by_all_processes_and_then_stops_them(
 
 
 def test_a_failing_probe_says_why_the_weights_could_not_be_sent_once_more(monkeypatch):
-    monkeypatch.setattr(remote_engine, "KEPT_BYTES", 0)
+    monkeypatch.setattr(message, "KEPT_BYTES", 0)
     policy = nn.Sequential(nn.Linear(16, 16, bias=False))
     sync = WeightSync(policy, RemoteEngine(WrongFor(9)), [1, 2], score=lambda *_: torch.zeros(1))
     with pytest.raises(StaleEngineError, match=r"differ by 1 nats .*could not be sent once more: .* are not kept"):

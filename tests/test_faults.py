@@ -23,7 +23,8 @@ from fura_rl import serve
 from fura_rl.memory import MENDS, OutOfMemory, out_of_memory_in
 from fura_rl.serve import RequireToken, check, command, environment
 from fura_rl.sync.http_transport import HttpTransport
-from fura_rl.sync.remote_engine import Heartbeat, RemoteSyncError
+from fura_rl.sync.remote_engine import Heartbeat
+from fura_rl.sync.transport import RemoteSyncError
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from fura_rl import FuraConfig
-from fura_rl.adapters import blocks, frames, fura_layer
+from fura_rl.adapters import blocks, conversion, frames
 from fura_rl.adapters.fura_tuner import PAPER_TARGETS, fura_layers
 
 FORMS = [{"form": form, "block_axis": axis} for form in ("base", "core") for axis in ("in", "out")]
@@ -628,7 +628,7 @@ def test_a_layer_is_decomposed_where_it_lies_where_the_gpu_has_no_room(monkeypat
         return decompose(weight, size)
 
     monkeypatch.setattr(frames, "svd_frame", full)
-    monkeypatch.setattr(fura_layer, "conversion_device", lambda home: torch.device("meta"))
+    monkeypatch.setattr(conversion, "conversion_device", lambda home: torch.device("meta"))
     with pytest.warns(UserWarning, match=r"meta has no room .* shape \(16, 24\) .* decomposed on cpu instead"):
         model = adapted(base, init_weights=True)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())

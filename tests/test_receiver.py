@@ -28,7 +28,8 @@ from fura_rl.sync.fold import checkpoint_weights
 from fura_rl.sync.payload import PayloadError
 from fura_rl.sync.payload_source import PayloadFolderError, offered, payload_folder, read_payload
 from fura_rl.sync.receiver import OwnershipError, Receiver
-from fura_rl.sync.remote_engine import RemoteEngine, RemoteSyncError
+from fura_rl.sync.remote_engine import RemoteEngine
+from fura_rl.sync.transport import RemoteSyncError
 from fura_rl.sync.vllm_engine import ProcessTransport, find_model_runner
 from fura_rl.sync.weight_sync import WeightSync
 

@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from fura_rl.sync import payload, remote_engine
+from fura_rl.sync import message, payload
 from fura_rl.sync.audit import VECTORS, probe_vectors
 from fura_rl.sync.engine import LazyFactors, Update
 from fura_rl.sync.factors import Factors
 from fura_rl.sync.probe import StaleEngineError
-from fura_rl.sync.remote_engine import EngineLostError, NotKeptError, RemoteEngine, RemoteSyncError, Replicas
+from fura_rl.sync.remote_engine import RemoteEngine
+from fura_rl.sync.replicas import Replicas
+from fura_rl.sync.transport import EngineLostError, NotKeptError, RemoteSyncError
 from fura_rl.sync.weight_sync import WeightSync
 
 WEIGHTS = 12
@@ -124,11 +126,11 @@ def policy(monkeypatch):
 
 @pytest.fixture
 def too_large_to_keep(monkeypatch):
-    monkeypatch.setattr(remote_engine, "KEPT_BYTES", 2 * CHUNK)
+    monkeypatch.setattr(message, "KEPT_BYTES", 2 * CHUNK)
 
 
 def test_a_policy_too_large_to_keep_is_sent_one_chunk_at_a_time(policy, monkeypatch):
-    monkeypatch.setattr(remote_engine, "KEPT_BYTES", 0)
+    monkeypatch.setattr(message, "KEPT_BYTES", 0)
     make_chunk, alive, beside = payload.make_chunk, weakref.WeakSet(), []
 
     def counted(tensors):
@@ -296,7 +298,7 @@ class LeftBehind(Worker):
 
 
 def test_a_stale_module_of_a_version_that_is_not_kept_is_named_as_such(monkeypatch):
-    monkeypatch.setattr(remote_engine, "KEPT_BYTES", 0)
+    monkeypatch.setattr(message, "KEPT_BYTES", 0)
     model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False))
     sync = WeightSync(model, RemoteEngine(LeftBehind()), [1, 2], probe_every=100, score=lambda *_: -torch.ones(1))
     sync.sync()
@@ -371,7 +373,7 @@ def test_an_engine_that_comes_back_from_nothing_gets_what_was_sent_before_too(po
 def test_replicas_are_sent_one_reading_of_a_policy_in_pieces(policy, monkeypatch, read_once, kept):
     """Its other processes gather along once a sync, whatever the number of engines: a second reading would hang."""
     if not kept:
-        monkeypatch.setattr(remote_engine, "KEPT_BYTES", 2 * CHUNK)
+        monkeypatch.setattr(message, "KEPT_BYTES", 2 * CHUNK)
     workers = [Worker(), Worker({2: EngineLostError("gone")}), Worker()]
     engines = Replicas([RemoteEngine(worker) for worker in workers])
     push = engines.push(policy.update(read_once=read_once))

@@ -13,7 +13,8 @@ from trl import ModelConfig
 from fura_rl.adapters.registry import peft_config_for
 from fura_rl.rollout_client import RolloutClient, split
 from fura_rl.sync.probe import StaleEngineError
-from fura_rl.sync.remote_engine import EngineLostError, RemoteSyncError, Replicas
+from fura_rl.sync.replicas import Replicas
+from fura_rl.sync.transport import EngineLostError, RemoteSyncError
 from fura_rl.sync.weight_sync import WeightSync
 
 PROBE = list(range(5, 45))

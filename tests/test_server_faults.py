@@ -30,7 +30,8 @@ from fura_rl.sync import probe
 from fura_rl.sync.engine import Update
 from fura_rl.sync.factors import Factors
 from fura_rl.sync.http_transport import HttpTransport
-from fura_rl.sync.remote_engine import EngineLostError, OwnedByAnotherError, RemoteEngine, RemoteSyncError
+from fura_rl.sync.remote_engine import RemoteEngine
+from fura_rl.sync.transport import EngineLostError, OwnedByAnotherError, RemoteSyncError
 from fura_rl.sync.weight_sync import WeightSync
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]

@@ -24,7 +24,7 @@ from fura_rl.adapters.registry import peft_config_for
 from fura_rl.sync.factors import Factors
 from fura_rl.sync.http_transport import HttpTransport
 from fura_rl.sync.probe import StaleEngineError
-from fura_rl.sync.remote_engine import RemoteSyncError
+from fura_rl.sync.transport import RemoteSyncError
 
 pytestmark = pytest.mark.slow
 

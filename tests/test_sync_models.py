@@ -15,10 +15,12 @@ from trl import ModelConfig
 from fura_rl import FuraConfig
 from fura_rl.adapters.registry import peft_config_for
 from fura_rl.quickstart import BASE_MODEL
-from fura_rl.sync import vllm_model
+from fura_rl.sync import vllm_model, vllm_private
 from fura_rl.sync.probe import StaleEngineError
 from fura_rl.sync.vllm_engine import InProcessEngine
 from fura_rl.sync.vllm_model import PoisonedEngineError
+from fura_rl.sync.vllm_modules import is_in_checkpoint_layout
+from fura_rl.sync.vllm_replies import kernel_of
 from fura_rl.sync.weight_sync import WeightSync
 
 PROBE = list(range(5, 45))
@@ -60,7 +62,7 @@ def test_weights_in_checkpoint_layout_are_written_in_place(tmp_path, monkeypatch
     sync = WeightSync(policy, engine, PROBE, probe_every=1)
     layers = {name: module for name, module in engine.model.modules.items() if name.endswith("_proj")}
     addresses = {name: module.weight.data_ptr() for name, module in layers.items()}
-    assert all(vllm_model.is_in_checkpoint_layout(m, engine.model.regions[name]) for name, m in layers.items())
+    assert all(is_in_checkpoint_layout(m, engine.model.regions[name]) for name, m in layers.items())
     for step in range(3):
         perturb_trained(policy, 0.1, seed=step)
         report = sync.sync()
@@ -162,11 +164,11 @@ def test_an_fp8_engine_is_requantized_from_the_folded_weight_and_audited(tmp_pat
 
 def test_an_upgrade_of_vllm_that_moves_a_private_name_is_refused_by_name(monkeypatch):
     moved = {"vllm.model_executor.model_loader.reload.layerwise": ("no_such_name",), "vllm.no_such_module": ("x",)}
-    monkeypatch.setattr(vllm_model, "PRIVATE_NAMES", moved)
+    monkeypatch.setattr(vllm_private, "PRIVATE_NAMES", moved)
     with pytest.raises(
         RuntimeError, match=r"layerwise\.no_such_name, vllm\.no_such_module\.x.*fura_rl reads vLLM 0\.31"
     ):
-        vllm_model.check_layout()
+        vllm_private.check_layout()
 
 
 def test_a_tensor_without_a_place_in_the_engine_is_refused_before_anything_is_written(dense):
@@ -194,7 +196,7 @@ def test_an_interrupted_write_makes_the_engine_refuse_to_generate_until_it_is_sy
     monkeypatch.setattr(engine.model, "_write_module", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sync.sync()
-    with pytest.raises(vllm_model.PoisonedEngineError, match="interrupted while it wrote"):
+    with pytest.raises(PoisonedEngineError, match="interrupted while it wrote"):
         engine.model.model(None, None)
     monkeypatch.undo()
     assert sync.sync().probe_max_gap < PARITY_NATS
@@ -212,7 +214,7 @@ def test_a_module_that_could_not_be_filled_computes_what_it_did_from_where_it_di
     sync = WeightSync(policy, engine, PROBE, probe_every=1, probe_tolerance=tolerance)
     sync.sync()
     name = "model.layers.1.mlp.gate_up_proj"
-    module, kernel = engine.model.modules[name], engine.model.kernel(name)
+    module, kernel = engine.model.modules[name], kernel_of(engine.model, name)
     x = torch.randn(3, 64, dtype=getattr(torch, dtype))
     address, before = module.weight.data_ptr(), kernel(x)
     fill = vllm_model.fill

@@ -3,7 +3,8 @@
     base form    y = W (x + D x)  or  y0 + D^T y0 with y0 = W x     W untouched; D is 0 and W exact at the start
     core form    y = L (C x)      or  C^T (L^T x)                   L in the place of W, dense or in 4 bits, or trained
 
-The algebra is in blocks.py, one adapter's tensors in fura_core.py.  Several active adapters of the base form add up.
+The algebra is in blocks.py, one adapter's tensors in fura_core.py, how they are made in conversion.py.  Several active
+adapters of the base form add up.
 """
 
 from __future__ import annotations
@@ -18,11 +19,21 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fura_rl.adapters import blocks, frames
+from fura_rl.adapters.conversion import (
+    check_weight,
+    empty_frame,
+    is_offloaded,
+    make_frame_where_there_is_room,
+    parameters_go_to_meta,
+    resolve_block_size,
+    warn_of_lost_weight,
+)
 from fura_rl.adapters.fura_config import FuraConfig
 from fura_rl.adapters.fura_core import FuraCore
 from fura_rl.adapters.large_core import LargeCore
 from fura_rl.adapters.moved_linear import moved_linear, spectral_linear, takes
 from fura_rl.adapters.quantized import keep_layout
+from fura_rl.adapters.set_aside import DenseWeight, QuantizedWeight, SetAsideCore
 
 TENSORS_OF_A_CORE = ("fura_core", "delta_r", "delta_s", "large_core", "basis_v", "basis_s")
 
@@ -417,56 +428,6 @@ class FuraLinear(nn.Module, BaseTunerLayer):
         return "fura." + super().__repr__()
 
 
-class DenseWeight:
-    """A base weight set aside while another is merged in: the parameter itself, which other layers may share."""
-
-    def __init__(self, layer: FuraLinear) -> None:
-        self.parameter = layer.get_base_layer()._parameters.get("weight")
-        if self.parameter is None:
-            raise TypeError(
-                f"the weight of {layer.layer_name} is computed from others, which a merge would not change; call "
-                "torch.nn.utils.parametrize.remove_parametrizations on it before it is adapted"
-            )
-
-    @property
-    def dequantized(self) -> torch.Tensor:
-        return self.parameter.data
-
-    def restore(self, base_layer: nn.Module) -> None:
-        merged = base_layer.weight  # moved and cast with the model
-        self.parameter.data = self.parameter.data.to(device=merged.device, dtype=merged.dtype)
-        base_layer.weight = self.parameter
-
-
-class SetAsideCore:
-    """A large core set aside while a merged layer stands in its place: no submodule, or it would be saved and sent."""
-
-    def __init__(self, core: LargeCore) -> None:
-        self.core = core
-
-
-class QuantizedWeight:
-    """A quantized base weight set aside while another is merged in: its parameter, and bitsandbytes' 8-bit scales."""
-
-    def __init__(self, layer: FuraLinear) -> None:
-        base_layer = layer.get_base_layer()
-        self.dequantized = layer.get_base_weight()
-        self.parameter = base_layer.weight
-        state = getattr(base_layer, "state", None)
-        self.scales = getattr(self.parameter, "SCB", None) if getattr(state, "SCB", None) is None else state.SCB
-
-    def restore(self, base_layer: nn.Module) -> None:
-        base_layer.weight = self.parameter
-        if self.scales is not None:
-            self.parameter.CB, self.parameter.SCB = self.parameter.data, self.scales
-            base_layer.state.reset_grads()
-
-
-def is_offloaded(layer: nn.Module) -> bool:
-    """Whether accelerate keeps this layer's weights elsewhere between its forwards."""
-    return bool(getattr(getattr(layer, "_hf_hook", None), "offload", False))
-
-
 def as_autocast(x: torch.Tensor) -> torch.Tensor:
     """x as autocast would hand it to a linear layer, which is what our products before that layer take."""
     device_type = x.device.type
@@ -482,104 +443,3 @@ def sum_updates(cores: list[FuraCore]) -> list[torch.Tensor]:
         update = core.update()
         by_size[core.block_size] = by_size[core.block_size] + update if core.block_size in by_size else update
     return list(by_size.values())
-
-
-def make_frame(weight: torch.Tensor, size: int, config: FuraConfig) -> tuple[frames.Frame, torch.Tensor | None]:
-    """The frame of `weight` (rows, cols) and, for a core form, the large core (rows, n * r)."""
-    if config.basis == "svd":
-        frame = frames.svd_frame(weight, size)
-        if config.form == "base":
-            return frame, None
-        scale = blocks.core_scale(frame.singular_values, config.singular_values, config.train_core)
-        return frame, blocks.large_core(weight, frame.right, scale)
-    if config.basis == "random":
-        large, small = frames.random_cores(weight, size, seed=weight.numel())
-        return frames.Frame(small.mT, None), large
-    large, small = frames.qr_cores(weight, size)
-    singular_values = torch.linalg.svdvals(small.double())
-    dropped = int((singular_values <= frames.RANK_TOLERANCE * singular_values[:, :1]).sum())
-    if config.form == "core":
-        return frames.Frame(small.mT, None, dropped), large
-    inverse = torch.linalg.pinv(small.double(), rtol=frames.RANK_TOLERANCE).to(small.dtype)
-    return frames.Frame(inverse, None, dropped), None
-
-
-def make_frame_where_there_is_room(
-    weight: torch.Tensor, size: int, config: FuraConfig
-) -> tuple[frames.Frame, torch.Tensor | None]:
-    """`make_frame` on the conversion device or, where others have filled that, where the weight lies."""
-    device = conversion_device(weight.device)
-    if device != weight.device:
-        try:
-            return make_frame(weight.to(device), size, config)
-        except torch.OutOfMemoryError:
-            warnings.warn(
-                f"{device} has no room to decompose a layer of shape {tuple(weight.shape)} (does a rollout server fill "
-                f"it?); it is decomposed on {weight.device} instead, which takes longer",
-                stacklevel=2,
-            )
-    return make_frame(weight, size, config)
-
-
-def empty_frame(weight: torch.Tensor, size: int, config: FuraConfig) -> tuple[frames.Frame, torch.Tensor | None]:
-    """As `make_frame`, of the right shapes for a weight without values (meta device); a checkpoint fills them."""
-    rows, cols = weight.shape
-    n, r = cols // size, min(rows, size)
-    options = {"device": "meta", "dtype": torch.promote_types(weight.dtype, torch.float32)}
-    values = torch.empty(n, r, **options) if config.basis == "svd" else None
-    large = weight.new_empty(rows, n * r) if config.form == "core" else None
-    return frames.Frame(torch.empty(n, size, r, **options), values), large
-
-
-def parameters_go_to_meta() -> bool:
-    """Whether modules made now get their parameters on the meta device (PEFT's `low_cpu_mem_usage`)."""
-    probe = nn.Module()
-    probe.register_parameter("probe", nn.Parameter(torch.empty(0)))
-    return probe.probe.device.type == "meta"
-
-
-def conversion_device(home: torch.device) -> torch.device:
-    """Where a layer is decomposed: on the GPU where there is one, one layer at a time."""
-    return torch.device("cuda") if home.type == "cpu" and torch.cuda.is_available() else home
-
-
-def check_weight(weight: torch.Tensor, layer_name: str) -> None:
-    """Raises ValueError where the SVD of this base weight has no meaning."""
-    if not torch.isfinite(weight).all():
-        raise ValueError(f"the base weight of {layer_name} has non-finite values; FuRA needs its SVD")
-
-
-def warn_of_lost_weight(weight: torch.Tensor, fitted: torch.Tensor, layer_name: str) -> None:
-    lost = float((fitted - weight).norm() / weight.norm())
-    if lost > 1e-3:
-        warnings.warn(
-            f"{layer_name}: basis='random' keeps the base weight up to a relative error of {lost:.2f}; it is "
-            "the paper's control, not a way to train",
-            stacklevel=2,
-        )
-
-
-def resolve_block_size(size: int | str, cut: int, other: int, cut_name: str, layer_name: str) -> int:
-    """The block size of one layer along the dimension `cut` that is cut into blocks.
-
-    Raises:
-        ValueError: where an int does not divide `cut`, naming the layer and the nearest sizes that do.
-    """
-    if size == "full":
-        return cut
-    if size == "auto":
-        chosen = blocks.default_block_size(cut, other)
-        if chosen in (1, cut) and cut > 3:
-            warnings.warn(
-                f"{layer_name}: {cut_name}={cut} has no factor pair near a square, so FuRA uses "
-                f"{cut // chosen} block(s) of size {chosen}; give block_size to choose another",
-                stacklevel=2,
-            )
-        return chosen
-    if cut % size:
-        usable = sorted(sorted(blocks.divisors(cut), key=lambda d: abs(d - size))[:3])
-        raise ValueError(
-            f"block_size={size} does not divide {cut_name}={cut} of {layer_name}; "
-            f"use one of {', '.join(map(str, usable))}"
-        )
-    return size

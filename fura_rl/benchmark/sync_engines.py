@@ -90,7 +90,7 @@ def rollout_server(settings: Settings, checkpoint: Path) -> Iterator[HttpTranspo
 
 
 def is_up(transport: HttpTransport) -> bool:
-    from fura_rl.sync.remote_engine import EngineLostError, RemoteSyncError
+    from fura_rl.sync.transport import EngineLostError, RemoteSyncError
 
     try:
         transport.request("GET", "/health", timeout=2.0)

@@ -21,7 +21,7 @@ import torch
 from requests.adapters import HTTPAdapter
 
 from fura_rl.serve import TOKEN_VARIABLE
-from fura_rl.sync.remote_engine import LEASE_SECONDS, EngineLostError, RemoteSyncError
+from fura_rl.sync.transport import EngineLostError, RemoteSyncError
 
 if TYPE_CHECKING:
     from urllib3 import HTTPResponse
@@ -83,7 +83,7 @@ class HttpTransport:
         timeout: seconds that any single call may take.
     """
 
-    lease_seconds = LEASE_SECONDS
+    lease_seconds = 30.0
 
     def __init__(self, base_url: str, payload_transport: str = "auto", timeout: float = 120.0) -> None:
         self.address = base_url.rstrip("/")

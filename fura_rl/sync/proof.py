@@ -18,9 +18,10 @@ from fura_rl.sync.audit import KernelAudit, stale_modules
 from fura_rl.sync.engine import RolloutEngine
 from fura_rl.sync.expert_audit import expert_layers
 from fura_rl.sync.fold import CheckpointWeight
-from fura_rl.sync.remote_engine import EngineLostError, Follower, NotKeptError, RemoteSyncError
+from fura_rl.sync.remote_engine import Follower
 from fura_rl.sync.sharding import failing_together, in_any_process
 from fura_rl.sync.shared_audit import SharedKernels, worst_gains
+from fura_rl.sync.transport import EngineLostError, NotKeptError, RemoteSyncError
 
 logger = logging.getLogger(__name__)
 

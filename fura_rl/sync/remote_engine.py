@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import functools
 import itertools
 import logging
 import os
@@ -16,195 +15,20 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
-from fura_rl.sync import payload, probe
 from fura_rl.sync.audit import VECTORS, KernelReply
 from fura_rl.sync.engine import Push, Update
 from fura_rl.sync.factors import Span
 from fura_rl.sync.fingerprint import Sample
+from fura_rl.sync.message import Message, finally_doing, message_of, settled
 from fura_rl.sync.payload_source import offered
+from fura_rl.sync.transport import EngineLostError, OwnedByAnotherError, RemoteSyncError, Transport
 
 logger = logging.getLogger(__name__)
-
-LEASE_SECONDS = 30.0
-KEPT_BYTES = 2**30  # a version up to this size is kept, to be sent to an engine that was restarted
-
-
-class RemoteSyncError(RuntimeError):
-    """An engine refused an update, or its workers disagree."""
-
-
-class OwnedByAnotherError(RemoteSyncError):
-    """The engine belongs to another trainer, whose lease runs."""
-
-
-class EngineLostError(RuntimeError):
-    """The engine was restarted or cannot be reached; it can be claimed and synced again."""
-
-
-class NotKeptError(EngineLostError):
-    """The last version was too large to be kept, so that an engine cannot be brought back to it."""
-
-
-class Transport(Protocol):
-    """How to reach one engine."""
-
-    payload_transport: str  # "file" or "inline"
-    address: str  # for messages
-    lease_seconds: float
-    timeout: float  # seconds that one call may take, and that a lost engine has to come back
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def call(self, method: str, **arguments: Any) -> list[dict[str, Any]]:
-        """A method of the worker extension on every worker.  Raises EngineLostError where nobody answers."""
-
-    def pause(self) -> None:
-        """Stop stepping, drop every cached key and value; requests in flight are kept."""
-
-    def resume(self) -> None: ...
-
-    def stamp(self, version: int) -> None:
-        """Note the version where clients of the engine can see it."""
-
-    def prompt_logprobs(self, token_ids: Sequence[int]) -> torch.Tensor: ...
-
-    def wait_until_up(self, timeout: float) -> None: ...
-
-
-class Message:
-    """One version, encoded while it is sent, so that a chunk is given up before the next is made.
-
-    A version of up to KEPT_BYTES is kept beside, to be sent again at any time.  A larger one is encoded anew where it
-    is sent again while its policy stands still, which it does until `settle`.
-
-    Args:
-        version: of the policy.
-        encode: makes the chunks from the policy as it is now.
-        rounding_seed, read_once: see `engine.Update`.
-        receivers: how many engines it is for.
-        encode_sent_before: makes the chunks that an engine without any version needs first.  They are made anew each
-            time instead of kept, since a 16-bit copy of a quantized policy is several times its size.
-    """
-
-    def __init__(
-        self,
-        version: int,
-        encode: Callable[[], Iterator[payload.Chunk]],
-        rounding_seed: int | None,
-        read_once: bool = False,
-        receivers: int = 1,
-        encode_sent_before: Callable[[], Iterator[payload.Chunk]] = lambda: iter(()),
-    ) -> None:
-        self.version, self.rounding_seed = version, rounding_seed
-        self.encode_sent_before = encode_sent_before
-        self._read_once = read_once
-        self._keeps_all = receivers > 1 and read_once  # until every engine has it
-        self.nbytes = 0  # of all chunks; known when they have been sent
-        self.encode_seconds = 0.0
-        self.kept: list[payload.Chunk] | None = []  # what has been encoded; None where it is too much
-        self._encoded_bytes = 0
-        self._encode: Callable[[], Iterator[payload.Chunk]] | None = encode
-        self._rest: Iterator[payload.Chunk] | None = encode()  # what has not been encoded; None at the end
-
-    @property
-    def can_be_sent(self) -> bool:
-        return self.kept is not None or self._encode is not None
-
-    def refuse_unless_kept(self, address: str) -> None:
-        """Raises NotKeptError where it can no longer be sent to the engine at `address`."""
-        if not self.can_be_sent:
-            raise NotKeptError(
-                f"version {self.version} cannot be sent to {address} again, since whole weights of more than "
-                f"{KEPT_BYTES / 2**30:g} GiB are not kept (resume from the last checkpoint)"
-            )
-
-    def chunks(self) -> Iterator[payload.Chunk]:
-        """All chunks in order; holds none that is not kept."""
-        if self.kept is None:
-            again = self._encode()
-            while piece := self._next_of(again):
-                yield piece.pop()
-            return
-        position = 0
-        while self.kept is not None and position < len(self.kept):
-            yield self.kept[position]
-            position += 1
-        while piece := self._encode_next():
-            yield piece.pop()
-
-    def settle(self) -> None:
-        """Before the policy moves: from now on only what is kept can be sent again.
-
-        What a failure has left unencoded is encoded now where it may be kept, and where other processes gather along,
-        which wait for their counterpart in every weight.
-        """
-        while self._rest is not None and (self.kept is not None or self._read_once):
-            self._encode_next()
-        self._encode = self._rest = None
-        if self._encoded_bytes > KEPT_BYTES:
-            self.kept = None
-
-    def _encode_next(self) -> list[payload.Chunk]:
-        """The next chunk, encoded for the first time, in a list to be emptied: a name would hold it on."""
-        if self._rest is None:
-            return []
-        try:
-            piece = self._next_of(self._rest)
-        except BaseException:  # a Ctrl-C too: what was cut short must not pass for the whole
-            self.kept = self._encode = self._rest = None
-            raise
-        if not piece:
-            self._rest = None
-            return []
-        self._encoded_bytes += len(piece[0].data)
-        if self._encoded_bytes > KEPT_BYTES and not self._keeps_all:
-            self.kept = None
-            if self._read_once:
-                self._encode = None
-        elif self.kept is not None:
-            self.kept.append(piece[0])
-        return piece
-
-    def _next_of(self, chunks: Iterator[payload.Chunk]) -> list[payload.Chunk]:
-        started = time.perf_counter()
-        piece = list(itertools.islice(chunks, 1))
-        self.encode_seconds += time.perf_counter() - started
-        return piece
-
-
-@contextlib.contextmanager
-def finally_doing(last: Callable[[], None], failure: str) -> Iterator[None]:
-    """`last()` afterwards, after a failure too; that failure is what is raised, whatever goes wrong in `last`, which is
-    logged as `failure`."""
-    try:
-        yield
-    except BaseException as first:
-        try:
-            last()
-        except Exception as error:
-            logger.warning("after %r %s: %r", first, failure, error)
-        raise
-    last()
-
-
-@contextlib.contextmanager
-def settled(message: Message) -> Iterator[Message]:
-    """`message`, settled afterwards: after a failure too, since other processes may wait to gather along."""
-    with finally_doing(message.settle, "the rest of the policy could not be read"):
-        yield message
-
-
-def message_of(update: Update, engine_dtype: torch.dtype, receivers: int = 1) -> Message:
-    encode, encode_sent_before = (
-        functools.partial(payload.encode, factors, engine_dtype) for factors in (update.factors, update.sent_before)
-    )
-    return Message(update.version, encode, update.rounding_seed, update.read_once, receivers, encode_sent_before)
 
 
 class RemoteEngine:
@@ -458,71 +282,6 @@ class RemoteEngine:
             owned = failed[0].get("kind") == "OwnershipError"
             raise (OwnedByAnotherError if owned else RemoteSyncError)(f"{self.transport.address}: {failed[0]['error']}")
         return replies
-
-
-class Replicas:
-    """Several engines that serve the same policy: every sync reaches all of them, or fails."""
-
-    reads_the_trainers_base = False
-
-    def __init__(self, engines: Sequence[RemoteEngine]) -> None:
-        self.engines = list(engines)
-        if len({engine.dtype for engine in engines}) > 1:
-            raise ValueError("all replicas must serve in one dtype; start them with the same --dtype")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.engines[0].dtype
-
-    @property
-    def version(self) -> int:
-        return min(engine.version for engine in self.engines)
-
-    def prepare(self, tensors: Mapping[str, tuple[int, ...]], base_samples: Mapping[str, Sample]) -> None:
-        for engine in self.engines:
-            engine.prepare(tensors, base_samples)
-
-    def push(self, update: Update) -> Push:
-        """As `RemoteEngine.push`, one replica after another, all from one message: the other processes of a policy in
-        pieces gather along once."""
-        with settled(message_of(update, self.dtype, receivers=len(self.engines))) as message:
-            pushes = [engine.send(message) for engine in self.engines]
-        phases = {phase: sum(push.phases[phase] for push in pushes) for phase in pushes[0].phases}
-        return Push(sum(push.payload_bytes for push in pushes), phases)
-
-    def kernel_replies(self, spans: Mapping[str, Sequence[Span]]) -> list[dict[str, KernelReply]]:
-        return [worker for engine in self.engines for worker in engine.kernel_replies(spans)]
-
-    def prompt_logprobs(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Of the first replica, once all agree.
-
-        Raises:
-            StaleEngineError: where replicas score the same tokens differently.
-        """
-        scores = [engine.prompt_logprobs(token_ids) for engine in self.engines]
-        gaps = [probe.max_gap(scores[0], score) for score in scores]
-        if max(gaps) > probe.default_tolerance(self.dtype):
-            address = self.engines[gaps.index(max(gaps))].transport.address
-            raise probe.StaleEngineError(f"replica {address} differs from the first by {max(gaps):.4g} nats")
-        return scores[0]
-
-    def serves_last(self) -> bool:
-        return all(engine.serves_last() for engine in self.engines)
-
-    def restore(self, timeout: float) -> None:
-        for engine in self.engines:
-            if not engine.serves_last():
-                engine.restore(timeout)
-
-    def resend(self) -> None:
-        for engine in self.engines:
-            engine.resend()
-
-    def close(self) -> None:
-        """Give every replica back, those after a dead one too, and then raise its error."""
-        with contextlib.ExitStack() as stack:
-            for engine in self.engines:
-                stack.callback(engine.close)
 
 
 class Follower:

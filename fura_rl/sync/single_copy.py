@@ -20,7 +20,7 @@ from fura_rl.sync.factors import Read, Span
 from fura_rl.sync.fingerprint import Sample
 from fura_rl.sync.fold import CheckpointWeight, checkpoint_weights, pristine_weight
 from fura_rl.sync.vllm_engine import InProcessEngine
-from fura_rl.sync.vllm_model import is_in_checkpoint_layout
+from fura_rl.sync.vllm_modules import is_in_checkpoint_layout
 
 if TYPE_CHECKING:
     from vllm import LLM

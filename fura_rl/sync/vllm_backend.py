@@ -25,6 +25,7 @@ from fura_rl.sync.base_weights import BaseWeights
 from fura_rl.sync.payload_source import read_payload
 from fura_rl.sync.receiver import Receiver
 from fura_rl.sync.vllm_model import LiveModel
+from fura_rl.sync.vllm_replies import kernel_replies
 
 
 @dataclass
@@ -115,7 +116,7 @@ class FactoredSyncExtension:
 
     def fura_replies(self, spans: dict[str, list[list[int]]]) -> dict[str, Any]:
         """The audit's replies: name -> [output, covered, eps], tensors as float32 in base64."""
-        replies = self.weight_transfer_engine.live.kernel_replies(spans)
+        replies = kernel_replies(self.weight_transfer_engine.live, spans)
         return {name: [pack(reply.output), pack(reply.covered), reply.eps] for name, reply in replies.items()}
 
     def _fura_reply(self, call: Callable[[], None]) -> dict[str, Any]:

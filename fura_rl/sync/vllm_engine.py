@@ -1,4 +1,4 @@
-"""The in-process vLLM engine as a receiver of weights.  With `vllm_model.py`, all that touches vLLM's insides.
+"""The in-process vLLM engine as a receiver of weights, and one in a process of its own.
 
 Read in vLLM 0.31.0 (CPU and CUDA sources).  `find_model_runner` looks for every private name used here when the engine
 is taken over, so that an upgrade that moves one ends with a message and not with stale weights.
@@ -19,8 +19,10 @@ from fura_rl.sync.audit import KernelReply
 from fura_rl.sync.engine import Push, Update, rounding_generator
 from fura_rl.sync.factors import Span
 from fura_rl.sync.fingerprint import Sample
-from fura_rl.sync.vllm_model import VLLM_VERSIONS_READ, LiveModel
+from fura_rl.sync.vllm_model import LiveModel
 from fura_rl.sync.vllm_plugin import BACKEND, EXTENSION
+from fura_rl.sync.vllm_private import VLLM_VERSIONS_READ
+from fura_rl.sync.vllm_replies import kernel_replies
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -90,7 +92,7 @@ class InProcessEngine:
         return Push(written, {"fold": time.perf_counter() - started})
 
     def kernel_replies(self, spans: Mapping[str, Sequence[Span]]) -> list[dict[str, KernelReply]]:
-        return [self.model.kernel_replies(spans)]
+        return [kernel_replies(self.model, spans)]
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Leaves no trace: neither in the generators of this process nor in the engine's cache."""

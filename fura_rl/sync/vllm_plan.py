@@ -1,0 +1,122 @@
+"""Where each checkpoint tensor lands in a live vLLM model: fused qkv and gate_up, shards, replicated heads, experts.
+
+That is not written down here: vLLM's own weight loaders are run once over tensors without storage, and what they copy
+is recorded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fura_rl.sync.factors import Span
+
+if TYPE_CHECKING:
+    from fura_rl.sync.vllm_model import LiveModel
+
+
+@dataclass(frozen=True)
+class Region:
+    """Part of one checkpoint tensor as it lies in one parameter of the engine, in checkpoint layout.
+
+    `name[rows, columns]` (transposed where `transposed`) is the strided region of the parameter at `offset`.  A vector
+    has columns (0, 1).  Of a tensor with more dimensions (stacked experts) `rows` is the whole first one, and `ops` are
+    the slices that vLLM's loader cuts out of the tensor.
+    """
+
+    name: str
+    rows: Span
+    columns: Span
+    total_columns: int
+    transposed: bool
+    parameter: str
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    ops: tuple = ()
+
+    @property
+    def element_count(self) -> int:
+        return math.prod(self.shape)
+
+    def view(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The region of `parameter`, the checkpoint tensor's rows first: (rows, columns), or (rows,) of a vector."""
+        if lies_column_by_column(parameter) and self.stride[-1] == 1:  # written so by us, but planned row by row
+            first_row, first_column = divmod(self.offset, parameter.shape[1])
+            rows, columns = self.shape
+            return parameter.data[first_row : first_row + rows, first_column : first_column + columns]
+        region = parameter.data.as_strided(self.shape, self.stride, self.offset)
+        return region.mT if self.transposed else region
+
+
+def lies_column_by_column(parameter: torch.Tensor) -> bool:
+    return parameter.ndim == 2 and not parameter.is_contiguous() and parameter.mT.is_contiguous()
+
+
+def dry_run(live: LiveModel, tensors: Mapping[str, tuple[int, ...]]) -> list[Any]:
+    """vLLM's record of every copy that loading `tensors` would make; the model is left as it was."""
+    from vllm.distributed.weight_transfer.sharded_rdt_engine import ShardedRDTWeightTransferEngine as Recorder
+    from vllm.distributed.weight_transfer.sharded_rdt_fake import BakeSink, FakeRDTTensor
+    from vllm.model_executor.model_loader.reload.layerwise import initialize_layerwise_reload
+
+    sink = BakeSink()
+    with live.context(), torch.device(live.device):
+        initialize_layerwise_reload(live.model)
+        try:
+            Recorder._install_recording_stamps(None, live.model, sink)
+            live.model.load_weights(
+                (name, FakeRDTTensor(name, torch.Size(shape), live.dtype, live.device, sink=sink))
+                for name, shape in tensors.items()
+            )
+        finally:
+            Recorder._restore_after_dry_run(None, live.model)
+    return [scatter for scatters in sink.copies_by_layer.values() for scatter in scatters]
+
+
+def make_region(name: str, shape: tuple[int, ...], ops: tuple, scatter: Any) -> Region:
+    """The rectangle of a checkpoint tensor that a chain of slicing ops cuts out.
+
+    The ops are replayed on index tensors: one holds each element's row, one its column, both expanded, so that they
+    take no memory.
+    """
+    rows = torch.arange(shape[0])
+    columns = torch.zeros(1, dtype=torch.long)
+    if len(shape) == 2:
+        rows, columns = rows[:, None].expand(shape), torch.arange(shape[1])[None].expand(shape)
+    elif len(shape) == 1:
+        columns = columns.expand(shape)
+    else:
+        place = scatter.param_name, scatter.offset, scatter.shape, scatter.stride
+        return Region(name, (0, shape[0]), (0, 1), 1, False, *place, ops)
+    rows, columns = replay(ops, rows), replay(ops, columns)
+    transposed = rows.ndim == 2 and rows.shape[1] > 1 and bool(rows[0, 0] != rows[0, -1])
+    region = Region(
+        name,
+        _span(rows),
+        _span(columns),
+        shape[1] if len(shape) == 2 else 1,
+        transposed,
+        scatter.param_name,
+        scatter.offset,
+        scatter.shape,
+        scatter.stride,
+    )
+    if (region.rows[1] - region.rows[0]) * (region.columns[1] - region.columns[0]) != rows.numel():
+        raise NotImplementedError(f"{name}: vLLM loads a part of it that is not a rectangle")
+    return region
+
+
+def replay(ops: tuple, tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` after the slicing that vLLM's loader did to the checkpoint tensor in its place."""
+    for op, arguments, keywords in ops:
+        if op != "contiguous":  # it would fill an expanded index with memory
+            tensor = getattr(tensor, op)(*arguments, **dict(keywords))
+    return tensor
+
+
+def _span(index: torch.Tensor) -> Span:
+    return int(index[(0,) * index.ndim]), int(index[(-1,) * index.ndim]) + 1

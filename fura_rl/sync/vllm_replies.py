@@ -1,0 +1,174 @@
+"""What the kernels of a live vLLM model make of the audit's vectors: see `audit.Kernels`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from fura_rl.sync import audit
+from fura_rl.sync.audit import KernelReply
+from fura_rl.sync.factors import Span, row_index
+from fura_rl.sync.vllm_modules import coarse_eps
+from fura_rl.sync.vllm_plan import Region
+
+if TYPE_CHECKING:
+    from fura_rl.sync.vllm_model import LiveModel
+
+
+@torch.no_grad()
+def kernel_replies(live: LiveModel, spans: Mapping[str, Sequence[Span]]) -> dict[str, KernelReply]:
+    """This worker's share of x W^T through the live kernels: see `audit.Kernels`."""
+    holders = {weight.rpartition(".")[0]: owners[0] for weight, owners in live.owners.items()}
+    kernels = KernelOutputs(live)
+    pieces: dict[str, list[Piece]] = {}
+    experts: dict[str, dict[str, Sequence[Span]]] = {}  # engine module -> those asked of its stack, `....experts.3`
+    for name, wanted in spans.items():
+        stack, _, last = name.rpartition(".")
+        if last.isdecimal() and stack in holders:
+            experts.setdefault(holders[stack], {})[name] = wanted
+        else:
+            pieces[name] = kernel_pieces(kernels, name, tuple(map(tuple, wanted)))
+    replies = joined(pieces)
+    for module_name, asked in experts.items():
+        replies |= expert_replies(live, module_name, asked)
+    return replies
+
+
+def expert_replies(live: LiveModel, module_name: str, spans: Mapping[str, Sequence[Span]]) -> dict[str, KernelReply]:
+    """This worker's share of what the kernel of stacked experts makes of the vectors, expert by expert."""
+    module = live.modules[module_name]
+    method, parallel = module.quant_method, module.moe_config.moe_parallel_config
+    if method.is_monolithic or parallel.use_all2all_kernels:  # routes by itself, or through other workers
+        return {}
+    experts = [int(name.rpartition(".")[2]) for name in spans]
+    vectors = audit.probe_vectors(module.hidden_size, live.device).to(live.dtype)
+    tokens, routes = audit.tokens_of_experts(vectors, experts)
+    weights = torch.ones(routes.shape, device=live.device)
+    with live.context():
+        output = method.apply(module, tokens, weights, routes.int(), None, None)
+    replies = {}
+    for position, (expert, (name, wanted)) in enumerate(zip(experts, spans.items(), strict=True)):
+        here = module.expert_map is None or int(module.expert_map[expert]) >= 0
+        features = row_index(tuple(map(tuple, wanted)), live.device)
+        reply = output[position * len(vectors) : (position + 1) * len(vectors), features].float()
+        covered = torch.full(reply.shape, here / parallel.tp_size)
+        replies[name] = KernelReply(reply.cpu(), covered, coarse_eps(module))
+    return replies
+
+
+def kernel_pieces(kernels: KernelOutputs, name: str, spans: tuple[Span, ...]) -> list[Piece]:
+    """The parts of the reply of one weight; none where no kernel of this worker multiplies by it.
+
+    Nor of one that lies transposed in the checkpoint (GPT-2's), whose rows are no output features: of those the
+    probe is the proof.
+    """
+    pieces = []
+    for module_name in kernels.live.owners.get(name, ()):
+        for region in (r for r in kernels.live.regions[module_name] if r.name == name and r.parameter == "weight"):
+            reply = None if region.transposed else kernels.of(module_name, region)
+            if reply is None:
+                break
+            first = region.offset // region.stride[0]  # output features lie in the order of the rows
+            here, picked = features_in(spans, region.rows, first, reply.device)
+            covered = audit.covered_by(region.columns, region.total_columns)
+            eps = coarse_eps(kernels.live.modules[module_name])
+            pieces.append(Piece(reply[:, picked], here, covered, eps))
+    return pieces
+
+
+def kernel_of(live: LiveModel, module_name: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """x -> x W^T as the live module computes it; None where it is no matrix.
+
+    An embedding looks its live parameter up.  Where an output head shares it, the head answers: its kernel was
+    packed from that parameter.
+    """
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    module = live.modules[module_name]
+    if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
+        weight = module.weight
+        heads = [m for m in live.modules.values() if isinstance(m, ParallelLMHead) and m.weight is weight]
+        if not heads:
+            return lambda x: x @ weight.mT
+        module = heads[0]
+    if not isinstance(module, LinearBase | ParallelLMHead):
+        return None
+    return lambda x: module.quant_method.apply(module, x, None)
+
+
+@functools.lru_cache(maxsize=1024)
+def features_in(
+    spans: tuple[Span, ...], rows: Span, first: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which of the output features `spans` are among `rows` (a mask), and where those lie in a kernel's output, in
+    which `rows` begin at `first`."""
+    features = row_index(spans, torch.device("cpu"))
+    here = (features >= rows[0]) & (features < rows[1])
+    return here, (features[here] - rows[0] + first).to(device)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Of one weight's reply, what one region gives.
+
+    `output` (VECTORS, features) is on the engine's device, `here` marks the features it is of among those asked for,
+    and `covered` (VECTORS,) is the part of each vector's inputs that it is made from.
+    """
+
+    output: torch.Tensor
+    here: torch.Tensor
+    covered: torch.Tensor
+    eps: float  # as of a KernelReply
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has every feature asked for."""
+        return self.output.shape[1] == len(self.here)
+
+
+def joined(pieces: Mapping[str, list[Piece]]) -> dict[str, KernelReply]:
+    """The reply of every weight that has pieces, on the CPU."""
+    there = {(name, i): piece.output for name, parts in pieces.items() for i, piece in enumerate(parts)}
+    outputs = {place: output.float() for place, output in audit.on_host(there).items()}
+    replies = {}
+    for name, parts in pieces.items():
+        if not parts:
+            continue
+        if len(parts) == 1 and parts[0].is_whole:
+            covered = parts[0].covered[:, None].expand_as(outputs[name, 0])
+            replies[name] = KernelReply(outputs[name, 0], covered, parts[0].eps)
+            continue
+        output, covered = torch.zeros(2, audit.VECTORS, len(parts[0].here))
+        for i, piece in enumerate(parts):
+            output[:, piece.here] += outputs[name, i]
+            covered[:, piece.here] += piece.covered[:, None]
+        replies[name] = KernelReply(output, covered, max(piece.eps for piece in parts))
+    return replies
+
+
+class KernelOutputs:
+    """What each live kernel makes of the audit's vectors, computed once for all the weights fused in it."""
+
+    def __init__(self, live: LiveModel) -> None:
+        self.live = live
+        self._vectors: dict[int, torch.Tensor] = {}
+        self._last: tuple[tuple[str, Span], torch.Tensor | None] | None = None  # one: a whole model's would add up
+
+    def of(self, module_name: str, region: Region) -> torch.Tensor | None:
+        """x W^T (VECTORS, features) of the module that holds `region`; None where it is no matrix."""
+        key = module_name, region.columns
+        if self._last is None or self._last[0] != key:
+            kernel = kernel_of(self.live, module_name)
+            vectors = self._vectors_of(region.total_columns)[:, slice(*region.columns)]
+            self._last = key, None if kernel is None else kernel(vectors.contiguous())
+        return self._last[1]
+
+    def _vectors_of(self, features: int) -> torch.Tensor:
+        if features not in self._vectors:
+            self._vectors[features] = audit.probe_vectors(features, self.live.device).to(self.live.dtype)
+        return self._vectors[features]
