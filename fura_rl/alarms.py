@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from fura_rl.finite import all_finite
 from fura_rl.sync.sharding import failing_together, local
 
 logger = logging.getLogger(__name__)
@@ -284,8 +285,8 @@ def non_finite_gradients(model: nn.Module) -> tuple[int, int]:
 
 def non_finite_tensors(tensors: Sequence[torch.Tensor]) -> tuple[int, int]:
     """How many of them are not finite, of how many."""
-    if not tensors:
-        return 0, 0
+    if all_finite(tensors):
+        return 0, len(tensors)
     finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors])
     return len(tensors) - int(finite.sum()), len(tensors)
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from fura_rl import FuraConfig
 from fura_rl.adapters.registration import register
+from fura_rl.benchmark import measure
 
 
 class TwoLayers(nn.Module):
@@ -175,6 +176,24 @@ def test_non_finite_base_weights_are_refused():
     model.first.weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="first has non-finite values"):
         get_peft_model(model, FuraConfig(target_modules=["first"]))
+
+
+def test_weights_whose_norm_overflows_are_finite_all_the_same():
+    model = TwoLayers(dtype=torch.float16)
+    model.first.weight.data.fill_(6e4)
+    assert torch.linalg.vector_norm(model.first.weight).isinf()
+    get_peft_model(model, FuraConfig(target_modules=["first"]))
+
+
+def test_adapting_a_layer_takes_a_fraction_of_it_beyond_the_adapter():
+    model = TwoLayers(4096, 1024, dtype=torch.bfloat16)
+    policies = []
+    peak = measure.peak_bytes(
+        lambda: policies.append(get_peft_model(model, FuraConfig(target_modules=["first"]))), torch.device("cpu")
+    )
+    core = policies[0].base_model.model.first.fura_core["default"]
+    adapter = sum(t.nbytes for t in core.state_dict().values())
+    assert peak - adapter < model.first.weight.nbytes / 2
 
 
 def test_prime_dimensions_warn_and_rank_deficient_blocks_are_counted():

@@ -12,6 +12,7 @@ from torch import nn
 
 from fura_rl.adapters import blocks, frames
 from fura_rl.adapters.fura_config import FuraConfig
+from fura_rl.finite import all_finite
 
 
 def make_frame_where_there_is_room(
@@ -80,7 +81,7 @@ def is_offloaded(layer: nn.Module) -> bool:
 
 def check_weight(weight: torch.Tensor, layer_name: str) -> None:
     """Raises ValueError where the SVD of this base weight has no meaning."""
-    if not torch.isfinite(weight).all():
+    if not all_finite([weight]):
         raise ValueError(f"the base weight of {layer_name} has non-finite values; FuRA needs its SVD")
 
 

@@ -34,6 +34,7 @@ from fura_rl.adapters.large_core import LargeCore
 from fura_rl.adapters.moved_linear import moved_linear, spectral_linear, takes
 from fura_rl.adapters.quantized import keep_layout
 from fura_rl.adapters.set_aside import DenseWeight, QuantizedWeight, SetAsideCore
+from fura_rl.finite import all_finite
 
 TENSORS_OF_A_CORE = ("fura_core", "delta_r", "delta_s", "large_core", "basis_v", "basis_s")
 
@@ -263,7 +264,7 @@ class FuraLinear(nn.Module, BaseTunerLayer):
             return
         dtype = self.pristine_weight().dtype
         folded = self.folded_weight([*self.merged_adapters, *names]).to(dtype)
-        if safe_merge and not torch.isfinite(folded).all():
+        if safe_merge and not all_finite([folded]):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
         self._put(folded)
         self.merged_adapters.extend(names)

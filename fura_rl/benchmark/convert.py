@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fura_rl.adapters import blocks, frames
+from fura_rl.adapters.conversion import check_weight
 from fura_rl.benchmark import measure
 from fura_rl.benchmark.measure import Settings
 from fura_rl.benchmark.models import layer_shapes, projection_shapes
@@ -33,6 +34,7 @@ def compare(settings: Settings, shape: tuple[int, int]) -> list[dict[str, Any]]:
         return torch.linalg.svd(weight.float().reshape(out_features, -1, size).transpose(0, 1), full_matrices=False)[1]
 
     def ours() -> torch.Tensor:
+        check_weight(weight, shape_name(shape))
         return frames.svd_frame(weight, size).singular_values
 
     measure.check("fura's singular values", ours(), one_by_one(), torch.float32)

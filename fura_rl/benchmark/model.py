@@ -10,6 +10,7 @@ from peft import get_peft_model
 from torch import nn
 
 from fura_rl.adapters import blocks, frames
+from fura_rl.adapters.conversion import check_weight
 from fura_rl.adapters.fura_config import FuraConfig
 from fura_rl.adapters.fura_tuner import PAPER_TARGETS, fura_layers
 from fura_rl.benchmark import measure
@@ -59,7 +60,12 @@ def conversion_peak(settings: Settings, shape: tuple[int, int]) -> int:
     out_features, in_features = shape
     weight = torch.randn(out_features, in_features, device=settings.device).to(torch.bfloat16)
     size = blocks.default_block_size(in_features, out_features)
-    return measure.peak_process_bytes(lambda: frames.svd_frame(weight, size), settings.device)
+
+    def convert() -> None:
+        check_weight(weight, "the layer")
+        frames.svd_frame(weight, size)
+
+    return measure.peak_process_bytes(convert, settings.device)
 
 
 def convert_for_real(settings: Settings, size: str) -> dict[str, float]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from safetensors.torch import load, save
 
+from fura_rl.finite import all_finite
 from fura_rl.sync.factors import RULES, Factors
 
 CHUNK_BYTES = 64 * 2**20
@@ -110,6 +111,6 @@ def fault_of(name: str, factors: Factors, shapes: Mapping[str, tuple[int, ...]])
     for part, tensor in tensors.items():
         if tuple(tensor.shape) != wanted[part] or (part == "update" and wanted[part][0] * wanted[part][1] != cut):
             return f"{part} is {tuple(tensor.shape)}, which does not fit a weight of {shape}"
-        if not torch.isfinite(tensor).all():
+        if not all_finite([tensor]):
             return f"{part} is not finite"
     return None

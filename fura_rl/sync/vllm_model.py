@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fura_rl.finite import all_finite
 from fura_rl.sync.factors import Factors, Read, fold_slice
 from fura_rl.sync.vllm_modules import is_in_checkpoint_layout, keeps_a_packed_copy, packs_faster_by_columns, rebuilt
 from fura_rl.sync.vllm_plan import Region, dry_run, make_region, replay
@@ -167,7 +168,7 @@ def fill(
         out.copy_(factors.tensors["weight"][slice(*region.rows)])
     else:
         fold_slice(read(region.name), factors, region.rows, region.columns, out, generator(region.name))
-    if out.dtype == torch.float16 and not out.isfinite().all():
+    if out.dtype == torch.float16 and not all_finite([out]):
         raise OverflowError(
             f"{region.name}: the weight to serve exceeds {torch.finfo(torch.float16).max:.0f}, the largest number of "
             "float16; serve in bfloat16 or float32 (vllm_dtype)"

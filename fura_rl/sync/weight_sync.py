@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fura_rl.adapters.quantized import keep_layout
+from fura_rl.finite import all_finite
 from fura_rl.sync import probe
 from fura_rl.sync.audit import KernelAudit
 from fura_rl.sync.audit_schedule import AuditSchedule
@@ -406,13 +407,9 @@ def refuse_non_finite(weights: Iterable[CheckpointWeight]) -> None:
         FloatingPointError: naming the first weight that a non-finite trained parameter reaches.
     """
     trained = [(weight.name, p) for weight in weights for p in weight.trained_parameters()]
-    pieces = [piece for _, p in trained if (piece := local(p)).numel()]
-    # the 2-norm, since on a CPU the largest entry takes seven times as long; finite entries may overflow it
-    if not pieces or torch.nn.utils.get_total_norm(pieces).isfinite():
+    if all_finite([piece for _, p in trained if (piece := local(p)).numel()]):
         return
-    name = next((name for name, p in trained if not local(p).isfinite().all()), None)
-    if name is None:
-        return
+    name = next(name for name, p in trained if not local(p).isfinite().all())
     raise FloatingPointError(
         f"the trained parameters of {name} are not finite, so the policy diverged: lower learning_rate or max_grad_norm"
     )
