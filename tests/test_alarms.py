@@ -230,6 +230,11 @@ def short(completions, **_):
     return [-len(str(text)) / 10 for text in completions]
 
 
+def a_one(completions, **_):
+    """What one token alone is paid for, the policy ends up sure of."""
+    return [float("1" in str(text)) for text in completions]
+
+
 RUN = [
     *(sys.executable, "launch/grpo_math.py", "--eval_problems", "0", "--max_steps", "4", "--save_steps", "1"),
     *("--use_cpu", "true", "--per_device_train_batch_size", "16", "--alarm_patience", "2"),
@@ -265,12 +270,21 @@ def test_a_run_whose_completions_are_all_cut_says_so(tmp_path):
 @pytest.mark.slow
 def test_a_run_with_a_far_too_large_rate_says_what_it_does_to_the_policy(tmp_path):
     engine = ["--vllm_dtype", "bfloat16", "--vllm_importance_sampling_correction", "true", "--alarm_gap_growth", 1.2]
-    # what a diverged policy ends in is chance; over some steps it is a few tokens that it is sure of
-    rate = ["--learning_rate", 0.1, "--beta", 1e-3, "--max_steps", 20, "--warmup_steps", 8, "--alarm_entropy_frac", 0.8]
+    rate = ["--learning_rate", 0.1, "--beta", 1e-3, "--max_steps", 12, "--warmup_steps", 8]
     done = run(*engine, *rate, "--reward_funcs", "test_alarms.short", "--output_dir", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    names = {name for name, _ in warned(done.stderr)}
-    assert {"rollout_gap_grows", "entropy_collapses", "kl_blows_up"} <= names
+    assert {"rollout_gap_grows", "kl_blows_up"} <= {name for name, _ in warned(done.stderr)}
+
+
+@pytest.mark.slow
+def test_a_run_that_is_paid_for_one_token_says_that_its_entropy_collapses(tmp_path):
+    sampling = ["--max_completion_length", 1, "--temperature", 2, "--per_device_train_batch_size", 128]
+    rate = ["--learning_rate", 0.02, "--max_steps", 12, "--alarm_entropy_frac", 0.5]
+    done = run(*sampling, *rate, "--reward_funcs", "test_alarms.a_one", "--output_dir", tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    entropies = [line["entropy"] for line in history(tmp_path, 12) if "loss" in line]
+    assert entropies[-1] < 0.5 * entropies[0]
+    assert "entropy_collapses" in {name for name, _ in warned(done.stderr)}
 
 
 @pytest.mark.slow
