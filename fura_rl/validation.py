@@ -223,6 +223,14 @@ def room_for_completions(values: Values) -> str | None:
     return None
 
 
+def sampleable_temperature(values: Values) -> str | None:
+    from fura_rl.evaluation.sampling import HIGHEST_TEMPERATURE as HIGHEST
+
+    given = values["temperature"]
+    too_high = values["use_vllm"] and given > HIGHEST
+    return f"temperature={given:g} is more than {HIGHEST:g}, the highest that vLLM samples at" if too_high else None
+
+
 def one_precision(values: Values) -> str | None:
     return "bf16 and fp16 are both true: choose one" if values["bf16"] and values["fp16"] else None
 
@@ -351,6 +359,7 @@ TOGETHER: dict[Callable[[Values], str | None], tuple[str, ...]] = {
         "steps_per_generation",
     ),
     room_for_completions: ("use_vllm", "max_completion_length", "vllm_max_model_length"),
+    sampleable_temperature: ("use_vllm", "temperature"),
     one_precision: ("bf16", "fp16"),
     readable_kwargs: ("adapter_kwargs",),
     known_adapter: ("adapter",),

@@ -120,6 +120,7 @@ def test_an_unknown_adapter():
         (["--loss_type", "dap"], r"loss_type='dap'.*; did you mean 'dapo'\?"),
         (["--sync_mode", "densely"], r"sync_mode='densely'.*auto, dense, factored; did you mean 'dense'\?"),
         (["--temperature", "0"], r"temperature='0' in the command line: expected more than 0"),
+        (["--temperature", "2.5"], r"temperature=2.5 is more than 2, the highest that vLLM samples at"),
         (["--learning_rate", "nan"], r"learning_rate='nan'"),
         (["--num_generations", "1"], r"num_generations='1'.*expected 2 or more"),
         (["--vllm_gpu_memory_utilization", "1.5"], r"expected more than 0 and at most 1"),

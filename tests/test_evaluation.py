@@ -165,9 +165,10 @@ def test_golds_that_fail_their_own_grader_are_refused_or_named_and_kept(tokenize
     ("overrides", "message"),
     [
         ({"n": 4, "temperature": 0.0}, "temperature=0 makes all 4 samples of a problem alike"),
-        ({"n": -1}, "impossible sampling"),
+        ({"n": -1, "max_tokens": 0}, "num_samples=-1: expected 0 or more; max_tokens=0: expected 1 or more"),
+        ({"n": 4, "temperature": 3.0}, "temperature=3: expected 0 to 2, the highest that vLLM samples at"),
         ({"n": 0, "greedy": False}, "neither greedy nor sampled"),
-        ({"n": 4, "top_p": 0.0}, "impossible sampling"),
+        ({"n": 4, "top_p": 0.0}, "top_p=0: expected more than 0 and at most 1"),
     ],
 )
 def test_sampling_without_meaning_is_refused(overrides, message):

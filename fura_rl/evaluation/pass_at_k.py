@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig
@@ -14,7 +14,7 @@ from fura_rl.evaluation.benchmarks.benchmark import Benchmark
 from fura_rl.evaluation.estimators import doubling_ks
 from fura_rl.evaluation.problems import Problem
 from fura_rl.evaluation.run_folder import RunFolder
-from fura_rl.evaluation.sampling import Sampling, evaluate
+from fura_rl.evaluation.sampling import HIGHEST_TEMPERATURE, Sampling, evaluate
 from fura_rl.evaluation.scores import summarize
 from fura_rl.sync.vllm_engine import cpu_cache_settings
 
@@ -60,8 +60,17 @@ def plan_passes(benchmark: Benchmark, *, greedy: bool | None = None, **overrides
         if "temperature" in given:
             raise ValueError(f"temperature=0 makes all {sampling.n} samples of a problem alike; use --num_samples 0")
         sampling = replace(sampling, temperature=1.0)
-    if sampling.n < 0 or sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.max_tokens < 1:
-        raise ValueError(f"impossible sampling {asdict(sampling)}")
+    n, temperature, highest = sampling.n, sampling.temperature, HIGHEST_TEMPERATURE
+    possible = {
+        f"num_samples={n}: expected 0 or more": n >= 0,
+        f"temperature={temperature:g}: expected 0 to {highest:g}, the highest that vLLM samples at": (
+            0 <= temperature <= highest
+        ),
+        f"top_p={sampling.top_p:g}: expected more than 0 and at most 1": 0 < sampling.top_p <= 1,
+        f"max_tokens={sampling.max_tokens}: expected 1 or more": sampling.max_tokens >= 1,
+    }
+    if faults := [fault for fault, holds in possible.items() if not holds]:
+        raise ValueError("; ".join(faults))
     passes = {}
     if benchmark.greedy if greedy is None else greedy:
         passes["greedy"] = replace(sampling, n=1, temperature=0.0, top_p=1.0)

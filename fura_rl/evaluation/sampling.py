@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from vllm import LLM
 
+HIGHEST_TEMPERATURE = 2.0  # of vLLM's SamplingParams, read in 0.31
+
 
 @dataclass(frozen=True)
 class Sampling:
