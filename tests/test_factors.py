@@ -67,7 +67,7 @@ def test_payload_by_arithmetic_is_what_a_16_bit_engine_is_sent(method):
 
     policy = get_peft_model(random_model("tiny", torch.device("cpu"), torch.float32), METHODS[method]())
     updates = {weight.name: weight.factors() for weight in checkpoint_weights(policy) if weight.layer is not None}
-    chunks = [payload.decode(chunk.data, chunk.crc32) for chunk in payload.encode(updates, torch.bfloat16)]
+    chunks = [payload.decode(chunk.data, chunk.checksum) for chunk in payload.encode(updates, torch.bfloat16)]
     sent = sum(adapter.nbytes for chunk in chunks for adapter in chunk.values())
     assert sent / 1e6 == payload_row("tiny", method)["payload_mb"]
 

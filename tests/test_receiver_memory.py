@@ -60,7 +60,7 @@ def commit(receiver, owner, weights, version, known=WEIGHTS):
     receiver.claim(owner, 30.0, {name: tuple(weight.shape) for name, weight in known.items()}, {})
     updates = {name: Factors("dense", {"weight": weight}) for name, weight in weights.items()}
     [chunk] = payload.encode(updates, torch.float32)
-    receiver.stage(owner, version, None, 0, chunk.data, chunk.crc32)
+    receiver.stage(owner, version, None, 0, chunk.data, chunk.checksum)
     receiver.commit(owner, version, 1)
 
 

@@ -59,7 +59,7 @@ class Worker:
                 raise fault
             if info["index"] == 0:
                 self.staged = {}
-            self.staged[info["index"]] = base64.b64decode(info["source"]["inline"]), info["crc32"]
+            self.staged[info["index"]] = base64.b64decode(info["source"]["inline"]), info["checksum"]
         return [self.status()]
 
     def status(self):

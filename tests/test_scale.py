@@ -78,7 +78,7 @@ def test_the_payload_is_what_a_sync_of_the_quickstart_encodes(adapter, dtype, it
     updates = {weight.name: weight.factors() for weight in checkpoint_weights(policy) if weight.trained}
     sent = 0
     for chunk in encode(updates, dtype):
-        for factors in decode(chunk.data, chunk.crc32).values():
+        for factors in decode(chunk.data, chunk.checksum).values():
             sent += sum(tensor.nbytes for tensor in factors.tensors.values())
     plain = adapter_of(Model.of(base.config), adapter, 8, engine_itemsize=itemsize)
     assert sent == plain.payload * plain.payload_itemsize

@@ -123,7 +123,7 @@ class Receiver:
 
     # ---- stage, validate, commit
 
-    def stage(self, owner: str, version: int, previous: int | None, index: int, data: bytes, crc32: int) -> None:
+    def stage(self, owner: str, version: int, previous: int | None, index: int, data: bytes, checksum: int) -> None:
         """Keep one chunk of a version aside; nothing live is touched.  It may follow any version if `previous` is None.
 
         Chunks are made while they are sent, so that only the commit says how many there are; the first one starts the
@@ -141,7 +141,7 @@ class Receiver:
             )
         if index == 0 or self._staged is None or self._staged.version != version:
             self._staged, self.phases = Staged(version), {"stage": 0.0}
-        self._staged.chunks[index] = payload.decode(data, crc32)
+        self._staged.chunks[index] = payload.decode(data, checksum)
         self.phases["stage"] += time.monotonic() - started
 
     def commit(self, owner: str, version: int, chunk_count: int, rounding_seed: int | None = None) -> None:

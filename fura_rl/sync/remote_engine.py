@@ -230,7 +230,7 @@ class RemoteEngine:
         count = nbytes = 0
         for chunk in itertools.chain(message.encode_sent_before() if from_nothing else (), message.chunks()):
             with offered(chunk.data, self.transport.payload_transport) as source:
-                place = {"previous": previous, "index": count, "crc32": chunk.crc32, "source": source}
+                place = {"previous": previous, "index": count, "checksum": chunk.checksum, "source": source}
                 self._checked("fura_update", info=stamp | place)
             count, nbytes = count + 1, nbytes + len(chunk.data)
             del chunk, source, place  # before the next is encoded

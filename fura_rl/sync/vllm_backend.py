@@ -46,7 +46,7 @@ class FactoredUpdateInfo(WeightTransferUpdateInfo):
     version: int
     previous: int | None = 0
     index: int = 0
-    crc32: int = 0
+    checksum: int = 0
     source: dict[str, str] | None = None
     commit: bool = False
     chunk_count: int = 0
@@ -79,7 +79,7 @@ class FactoredWeightTransferEngine(WeightTransferEngine[FactoredInitInfo, Factor
             self.receiver.commit(info.owner, info.version, info.chunk_count, info.rounding_seed)
         else:
             data = read_payload(info.source or {})
-            self.receiver.stage(info.owner, info.version, info.previous, info.index, data, info.crc32)
+            self.receiver.stage(info.owner, info.version, info.previous, info.index, data, info.checksum)
 
     def finish_weight_update(self) -> None:
         """Nothing to do: the last update has committed."""
