@@ -1,4 +1,4 @@
-"""Base weights set aside while a merged one stands in their place; each knows how to be put back, bit for bit."""
+"""Base weights set aside while a merged one stands in their place, to be put back bit for bit."""
 
 from __future__ import annotations
 

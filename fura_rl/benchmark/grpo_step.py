@@ -20,6 +20,7 @@ from fura_rl.benchmark import measure
 from fura_rl.benchmark.measure import Settings
 from fura_rl.benchmark.models import SIZES, projection_shapes, random_model, tied
 from fura_rl.benchmark.reference import check_logprobs_against, float32_reference
+from fura_rl.finite import all_finite
 
 METHODS = ("fura", "lora", "full")
 PROMPTS, ROLLOUTS = 2, 4
@@ -98,7 +99,7 @@ def measure_method(settings: Settings, size: str, method: str) -> dict[str, Any]
     times = {"rollout_s": settings.clock() - started}
     train(sequences)
     states = [t for state in optimizer.state.values() for t in state.values()]
-    if not all(t.isfinite().all() for t in [*trained, *states]):
+    if not all_finite([*trained, *states]):
         raise RuntimeError(f"{method}: a step of {size} in {settings.dtype} leaves non-finite values")
     times |= measure.interleaved_medians({"train_s": lambda: train(sequences)}, settings, warm_up=0)
     held = sum(t.nbytes for t in [*policy.parameters(), *policy.buffers(), *states])

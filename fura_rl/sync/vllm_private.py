@@ -1,6 +1,6 @@
-"""Every private name of vLLM that the sync relies on, and the version they were read in: 0.31.0, CPU and CUDA sources.
+"""What the sync imports of vLLM's insides, and the version that was read in: 0.31.0, CPU and CUDA sources.
 
-`check_layout` looks for all of them, so that an upgrade that moves one ends with a message and not with stale weights.
+`check_layout` looks for all of it, so that an upgrade that moves one ends with a message and not with stale weights.
 Only the files vllm_*.py touch vLLM's insides.
 """
 

@@ -31,7 +31,7 @@ def kernel_replies(live: LiveModel, spans: Mapping[str, Sequence[Span]]) -> dict
         if last.isdecimal() and stack in holders:
             experts.setdefault(holders[stack], {})[name] = wanted
         else:
-            pieces[name] = kernel_pieces(kernels, name, tuple(map(tuple, wanted)))
+            pieces[name] = kernels.pieces(name, tuple(map(tuple, wanted)))
     replies = joined(pieces)
     for module_name, asked in experts.items():
         replies |= expert_replies(live, module_name, asked)
@@ -58,26 +58,6 @@ def expert_replies(live: LiveModel, module_name: str, spans: Mapping[str, Sequen
         covered = torch.full(reply.shape, here / parallel.tp_size)
         replies[name] = KernelReply(reply.cpu(), covered, coarse_eps(module))
     return replies
-
-
-def kernel_pieces(kernels: KernelOutputs, name: str, spans: tuple[Span, ...]) -> list[Piece]:
-    """The parts of the reply of one weight; none where no kernel of this worker multiplies by it.
-
-    Nor of one that lies transposed in the checkpoint (GPT-2's), whose rows are no output features: of those the
-    probe is the proof.
-    """
-    pieces = []
-    for module_name in kernels.live.owners.get(name, ()):
-        for region in (r for r in kernels.live.regions[module_name] if r.name == name and r.parameter == "weight"):
-            reply = None if region.transposed else kernels.of(module_name, region)
-            if reply is None:
-                break
-            first = region.offset // region.stride[0]  # output features lie in the order of the rows
-            here, picked = features_in(spans, region.rows, first, reply.device)
-            covered = audit.covered_by(region.columns, region.total_columns)
-            eps = coarse_eps(kernels.live.modules[module_name])
-            pieces.append(Piece(reply[:, picked], here, covered, eps))
-    return pieces
 
 
 def kernel_of(live: LiveModel, module_name: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
@@ -159,7 +139,26 @@ class KernelOutputs:
         self._vectors: dict[int, torch.Tensor] = {}
         self._last: tuple[tuple[str, Span], torch.Tensor | None] | None = None  # one: a whole model's would add up
 
-    def of(self, module_name: str, region: Region) -> torch.Tensor | None:
+    def pieces(self, name: str, spans: tuple[Span, ...]) -> list[Piece]:
+        """The parts of the reply of one weight; none where no kernel of this worker multiplies by it.
+
+        Nor of one that lies transposed in the checkpoint (GPT-2's), whose rows are no output features: of those the
+        probe is the proof.
+        """
+        pieces = []
+        for module_name in self.live.owners.get(name, ()):
+            for region in (r for r in self.live.regions[module_name] if r.name == name and r.parameter == "weight"):
+                reply = None if region.transposed else self._of(module_name, region)
+                if reply is None:
+                    break
+                first = region.offset // region.stride[0]  # output features lie in the order of the rows
+                here, picked = features_in(spans, region.rows, first, reply.device)
+                covered = audit.covered_by(region.columns, region.total_columns)
+                eps = coarse_eps(self.live.modules[module_name])
+                pieces.append(Piece(reply[:, picked], here, covered, eps))
+        return pieces
+
+    def _of(self, module_name: str, region: Region) -> torch.Tensor | None:
         """x W^T (VECTORS, features) of the module that holds `region`; None where it is no matrix."""
         key = module_name, region.columns
         if self._last is None or self._last[0] != key:
