@@ -120,7 +120,7 @@ def updates(policy: PeftModel, base_model: str) -> Iterator[tuple[str, torch.Ten
     """
     base = AutoModelForCausalLM.from_pretrained(base_model, dtype="auto").state_dict()
     for weight in checkpoint_weights(policy):
-        if weight.layer is not None:
+        if weight.layer is not None and len(weight.shape) == 2:
             yield weight.module_name, weight.value().float() - base[weight.name].float()
 
 

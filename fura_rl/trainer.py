@@ -46,7 +46,7 @@ from fura_rl.rollout_client import RolloutClient, ServerSampler, client_factory
 from fura_rl.serve import free_port
 from fura_rl.sync import probe
 from fura_rl.sync.engine import RolloutEngine
-from fura_rl.sync.fold import checkpoint_weights
+from fura_rl.sync.fold import check_folds
 from fura_rl.sync.remote_engine import Follower
 from fura_rl.sync.sharding import failing_together
 from fura_rl.sync.single_copy import SingleCopyEngine, move_to_host
@@ -119,7 +119,7 @@ class FuraGRPOTrainer(GRPOTrainer):
         Raises:
             NotImplementedError: for a policy that the weight sync cannot fold, before the engine takes its minutes.
         """
-        checkpoint_weights(self.accelerator.unwrap_model(self.model))
+        check_folds(self.accelerator.unwrap_model(self.model))
         from vllm import LLM
 
         enforce_eager = getattr(self.args, "vllm_enforce_eager", None)

@@ -9,14 +9,18 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import REPOSITORY
-from peft import LoraConfig
+from datasets import Dataset
+from peft import LilyConfig, LoraConfig
+from transformers import AutoModelForCausalLM
 from trl import GRPOConfig
 
 from fura_rl import FuraConfig
 from fura_rl.adapters.registry import find_method, peft_config_for
 from fura_rl.config import DATACLASSES, parse_arguments, resolve_model
 from fura_rl.grpo_config import FuraGRPOConfig
+from fura_rl.quickstart import BASE_MODEL
 from fura_rl.run import prepare_run
+from fura_rl.trainer import FuraGRPOTrainer
 from fura_rl.trainer_settings import check_settings
 from fura_rl.validation import CHOICES, RULES, TOGETHER
 
@@ -87,6 +91,20 @@ def test_an_adapter_on_the_embedding_of_a_model_whose_head_is_tied_to_it(tmp_pat
         match=r"an adapter on model\.embed_tokens, but tie_word_embeddings.* Leave embed_tokens out of target_modules",
     ):
         prepare_run(parse_arguments(options, default_config=QUICKSTART))
+
+
+def test_a_method_that_no_engine_can_be_served(tmp_path, monkeypatch):
+    def started(**settings):
+        raise AssertionError("the engine was started")
+
+    monkeypatch.setattr("vllm.LLM", started)
+    model = AutoModelForCausalLM.from_pretrained(BASE_MODEL)
+    rows = Dataset.from_list([{"prompt": "1 + 1 = ?"}] * 4)
+    args = FuraGRPOConfig(
+        output_dir=str(tmp_path), use_vllm=True, vllm_mode="colocate", num_generations=2, use_cpu=True, bf16=False
+    )
+    with pytest.raises(NotImplementedError, match=r"peft\.tuners\.lily.* cannot be folded"):
+        FuraGRPOTrainer(model, [len], args, train_dataset=rows, peft_config=LilyConfig(target_modules=["q_proj"], r=4))
 
 
 def test_a_batch_that_does_not_divide_into_groups(tmp_path):

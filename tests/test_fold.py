@@ -8,25 +8,29 @@ import torch
 from conftest import TOLERANCE, perturb_trained, relative_error
 from peft import (
     HiraConfig,
+    IA3Config,
+    LilyConfig,
+    LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
     MissConfig,
     OFTConfig,
     RandLoraConfig,
+    RoadConfig,
     VeraConfig,
     get_peft_model,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 from trl import ModelConfig
 
 from fura_rl.adapters.fura_config import FuraConfig
 from fura_rl.adapters.registry import METHODS, peft_config_for
 from fura_rl.sync import payload
 from fura_rl.sync.factors import RULES, Factors, fold_slice
-from fura_rl.sync.fold import checkpoint_weights, fold, folded_weight
+from fura_rl.sync.fold import check_folds, checkpoint_weights, fold, folded_weight
 from fura_rl.sync.fold_rules import SMALL_FORMS, small_factors
 from fura_rl.trainer_settings import check_settings
 
@@ -54,6 +58,10 @@ FOLDS = {
     "vera": (VeraConfig(**TARGETS, r=4), "dense"),
 }
 
+TINY_QWEN2 = Qwen2Config(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=100, tie_word_embeddings=False,
+)  # fmt: skip
 TINY_GPT2 = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=101, bos_token_id=1, eos_token_id=2)
 
 ADAPTERS = [name for name, method in METHODS.items() if method.config_class is not None]
@@ -195,6 +203,52 @@ def test_a_bias_of_the_adapters_own_is_refused_and_the_layers_own_trained_biases
         check_settings(None, LoraConfig(lora_bias=True))
     trained = {weight.name for weight in checkpoint_weights(biased_policy(bias="lora_only")) if weight.trained}
     assert trained == {f"transformer.h.0.attn.c_attn.{name}" for name in ("weight", "bias")}
+
+
+# Methods whose merge moves more than a weight: the bias with it, or the whole layer for another.
+@pytest.mark.parametrize(
+    "config",
+    [
+        IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        RoadConfig(target_modules=["q_proj", "lm_head"], group_size=4),
+        LNTuningConfig(target_modules=["q_proj", "post_attention_layernorm", "norm"]),
+    ],
+    ids=["ia3", "road", "layer norms"],
+)
+def test_all_that_a_merge_moves_is_served_and_nothing_of_the_base_written(config):
+    torch.manual_seed(0)
+    base = Qwen2ForCausalLM(TINY_QWEN2)
+    for parameter in base.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)  # biases, too, which start at 0
+    policy = get_peft_model(copy.deepcopy(base), config).eval()
+    perturb_trained(policy, 1.0, seed=1)
+    before = [(parameter, parameter.data_ptr(), parameter.detach().clone()) for parameter in policy.parameters()]
+    plain, ids = copy.deepcopy(base).eval(), torch.randint(5, 90, (2, 12))
+    plain.load_state_dict({weight.name: weight.value() for weight in checkpoint_weights(policy)}, strict=False)
+    expected = policy(input_ids=ids).logits
+    assert relative_error(plain(input_ids=ids).logits, expected) < TOLERANCE[torch.float32]
+    assert relative_error(base.eval()(input_ids=ids).logits, expected) > 1e-2
+    assert all(p.data_ptr() == pointer and torch.equal(p, value) for p, pointer, value in before)
+
+
+def test_a_method_that_peft_cannot_merge_is_refused_by_name(untied_checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(untied_checkpoint)
+    policy = get_peft_model(model, LilyConfig(target_modules=["q_proj"], r=4))
+    with pytest.raises(NotImplementedError, match=r"q_proj\.weight: peft\.tuners\.lily.* cannot be folded:"):
+        check_folds(policy)
+
+
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_one_name_of_a_tied_weight_trained_apart_is_refused_and_both_as_one_are_served(saved, tied_checkpoint):
+    def policy(**settings):
+        config = LoraConfig(target_modules=["q_proj"], modules_to_save=list(saved), **settings)
+        return get_peft_model(AutoModelForCausalLM.from_pretrained(tied_checkpoint), config)
+
+    with pytest.raises(NotImplementedError, match=rf"{saved[0]}.* apart, but tie_word_embeddings.*ensure_weight_tying"):
+        checkpoint_weights(policy())
+    trained = {weight.name for weight in checkpoint_weights(policy(ensure_weight_tying=True)) if weight.trained}
+    assert "model.embed_tokens.weight" in trained
+    assert "lm_head.weight" not in trained
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PARITY_NATS, make_tiny_checkpoint, perturb_trained, start_llm
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from peft import IA3Config, LNTuningConfig, LoraConfig, RoadConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 from trl import ModelConfig
 
 from fura_rl import FuraConfig
@@ -78,7 +85,11 @@ def gpt2(tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)
     torch.manual_seed(0)
     config = GPT2Config(n_embd=64, n_layer=2, n_head=2, n_positions=256, vocab_size=len(tokenizer))
-    GPT2LMHeadModel(config).save_pretrained(folder)
+    model = GPT2LMHeadModel(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return start(folder), folder
 
@@ -88,8 +99,10 @@ def gpt2(tmp_path_factory):
     [
         FuraConfig(target_modules=["c_attn", "c_proj", "c_fc"]),
         LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True),
+        IA3Config(target_modules=["c_attn", "c_fc"], feedforward_modules=[]),  # scales the biases, too
+        LNTuningConfig(target_modules=["ln_1", "ln_f"]),
     ],
-    ids=["fura", "lora"],
+    ids=["fura", "lora", "ia3", "layer norms"],
 )
 def test_weights_that_a_checkpoint_stores_the_other_way_round_arrive(config, gpt2):
     engine, folder = gpt2
@@ -97,11 +110,38 @@ def test_weights_that_a_checkpoint_stores_the_other_way_round_arrive(config, gpt
     sync = WeightSync(policy, engine, PROBE, probe_every=1)
     for step in range(2):
         before = engine.prompt_logprobs(PROBE)
-        perturb_trained(policy, 0.1, seed=step)
+        perturb_trained(policy, 1.0, seed=step)
         report = sync.sync(everything=True)
         assert report.probe_max_gap < PARITY_NATS
         assert (engine.prompt_logprobs(PROBE) - before).abs().max() > 100 * PARITY_NATS
         assert report.audit_gain_min is None, "the probe is the proof"
+
+
+@pytest.mark.parametrize("targets", [["k_proj"], ["q_proj", "k_proj", "v_proj", "down_proj"]])
+def test_biases_that_a_merge_moves_arrive_in_a_fused_module_too(targets, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=len(tokenizer), max_position_embeddings=256, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    engine = start(tmp_path)
+    policy = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path), RoadConfig(target_modules=targets, group_size=8)
+    )
+    sync = WeightSync(policy, engine, PROBE, probe_every=1)
+    for step in range(2):
+        before = engine.prompt_logprobs(PROBE)
+        perturb_trained(policy, 1.0, seed=step)
+        report = sync.sync()
+        assert report.probe_max_gap < PARITY_NATS
+        assert report.audit_gain_min == pytest.approx(1.0, abs=0.01)
+        assert (engine.prompt_logprobs(PROBE) - before).abs().max() > 100 * PARITY_NATS
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.3), ("float16", 0.03)])

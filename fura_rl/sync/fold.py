@@ -20,7 +20,7 @@ from torch import nn
 from fura_rl.adapters.fura_layer import FuraLinear
 from fura_rl.adapters.quantized import dequantized_weight, holds_packed_weight
 from fura_rl.sync.factors import Factors, Read, Span, cut_to_rows, fold_slice, row_index
-from fura_rl.sync.fold_rules import merge_order, small_factors
+from fura_rl.sync.fold_rules import may_move_its_bias, merge_order, small_factors
 from fura_rl.sync.sharding import gathered, is_piece, local, local_rows, whole, whole_shape
 
 
@@ -41,6 +41,10 @@ class CheckpointWeight:
     @property
     def trained(self) -> bool:
         return self.layer is not None or self.parameter.requires_grad
+
+    @property
+    def is_bias(self) -> bool:
+        return self.name.endswith(".bias")
 
     @property
     def module_name(self) -> str:
@@ -105,7 +109,7 @@ class CheckpointWeight:
         if self.layer is None:
             return whole(self.parameter)
         with gathered(self.layer):
-            return folded_weight(self.layer)
+            return folded_bias(self.layer) if self.is_bias else folded_weight(self.layer)
 
 
 @dataclass(frozen=True)
@@ -147,8 +151,8 @@ def checkpoint_weights(model: nn.Module) -> list[CheckpointWeight]:
     `model` is a plain or a PEFT model.
 
     Raises:
-        NotImplementedError: for an adapter that does not sit on one layer's `weight` alone, or sits on one name only of
-            a tied one.
+        NotImplementedError: for an adapter that does not sit on one layer alone, or changes one name only of a tied
+            weight.
     """
     base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
     named = {weight.name: weight for weight in _walk(base_model, "")}
@@ -159,7 +163,25 @@ def checkpoint_weights(model: nn.Module) -> list[CheckpointWeight]:
     for name, source in (getattr(base_model, "all_tied_weights_keys", None) or {}).items():
         if name in named and source in named:
             _refuse_unlike_adapters(named[source], named[name])
+            _refuse_what_is_trained_apart(named[source], named[name])
     return list(weights.values())
+
+
+def check_folds(model: nn.Module) -> None:
+    """Fold one weight of every kind of adapter layer, to see before an engine is started that its method can.
+
+    Raises:
+        NotImplementedError: naming the weight and the reason.
+    """
+    adapted = [weight for weight in checkpoint_weights(model) if weight.layer is not None]
+    for weight in {(type(weight.layer), weight.is_bias): weight for weight in adapted}.values():
+        try:
+            weight.factors()
+        except Exception as error:
+            raise NotImplementedError(
+                f"{weight.name}: {type(weight.layer).__module__}.{type(weight.layer).__name__} cannot be folded: "
+                f"{error}. The rollout engine serves folded weights: take an adapter that PEFT can merge into it"
+            ) from error
 
 
 def _refuse_unlike_adapters(first: CheckpointWeight, second: CheckpointWeight) -> None:
@@ -173,6 +195,18 @@ def _refuse_unlike_adapters(first: CheckpointWeight, second: CheckpointWeight) -
         f"computes. Leave {' and '.join(name.rpartition('.')[2] for name in adapted)} out of target_modules, or, for "
         "LoRA, adapt both alike with ensure_weight_tying=True"
     )
+
+
+def _refuse_what_is_trained_apart(first: CheckpointWeight, second: CheckpointWeight) -> None:
+    """Raises NotImplementedError where modules_to_save has made two tensors of a weight that an engine holds once."""
+    apart = local(first.parameter).data_ptr() != local(second.parameter).data_ptr()
+    if first.layer is None and apart and (first.trained or second.trained):
+        trained = " and ".join(weight.module_name for weight in (first, second) if weight.trained)
+        raise NotImplementedError(
+            f"modules_to_save trains {trained} apart, but tie_word_embeddings makes {first.name} and {second.name} one "
+            "tensor, which the engine holds once: it would not compute what the policy computes. Leave "
+            f"{trained} out of modules_to_save, or, for LoRA, keep them one with ensure_weight_tying=True"
+        )
 
 
 def adapter_storages(layer: BaseTunerLayer | None) -> set[int]:
@@ -191,8 +225,9 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[CheckpointWeight]:
     elif isinstance(module, BaseTunerLayer):
         base_layer = module.get_base_layer()
         _refuse_what_no_fold_serves(module, prefix)
+        folded = ("weight", "bias") if may_move_its_bias(module) else ("weight",)
         for name, parameter in base_layer.named_parameters(recurse=False):
-            yield CheckpointWeight(f"{prefix}.{name}", parameter, module if name == "weight" else None)
+            yield CheckpointWeight(f"{prefix}.{name}", parameter, module if name in folded else None)
     elif isinstance(module, ModulesToSaveWrapper):
         yield from _walk(module.modules_to_save[module.active_adapters[0]], prefix)
     elif isinstance(module, AuxiliaryTrainingWrapper):
@@ -207,7 +242,7 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[CheckpointWeight]:
 
 
 def _refuse_what_no_fold_serves(layer: BaseTunerLayer, name: str) -> None:
-    """Raises NotImplementedError for an adapter that moves anything but the weight of its one layer."""
+    """Raises NotImplementedError for an adapter that does not sit on one layer with a weight, or adds a bias to it."""
     weight = getattr(layer.get_base_layer(), "weight", None)
     if not isinstance(weight, nn.Parameter) or hasattr(layer, "parameter_name"):
         raise NotImplementedError(
@@ -268,23 +303,39 @@ def folded_weight(layer: BaseTunerLayer, base_weight: torch.Tensor | None = None
         )
     if holds_packed_weight(layer.get_base_layer()):
         return _folded_over_packed(layer)
+    return _merged(layer, base_weight)["weight"]
+
+
+@torch.no_grad()
+def folded_bias(layer: BaseTunerLayer) -> torch.Tensor:
+    """`folded_weight` for the bias, which some methods move as well (`fold_rules.may_move_its_bias`)."""
+    return _merged(layer)["bias"]
+
+
+def _merged(layer: BaseTunerLayer, base_weight: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """What the base layer's parameters are once `layer` is merged into copies of them, in float32 or wider.
+
+    Read from the layer that stands there then: LN tuning puts another one in the base layer's place.
+    """
     weight = layer.get_base_layer().weight
     pristine = {parameter: parameter.data for parameter in layer.get_base_layer().parameters(recurse=False)}
-    start = weight.data if base_weight is None else base_weight
     try:
         for parameter, data in pristine.items():
-            if parameter is not weight:
-                parameter.data = data.clone()  # a merge may write the bias as well
-        weight.data = whole(start).to(torch.promote_types(start.dtype, torch.float32), copy=True)
+            start = base_weight if parameter is weight and base_weight is not None else data
+            parameter.data = wide_copy(whole(start))
         layer.merge(adapter_names=merge_order(layer))
-        folded = weight.data.clone()
+        merged = {name: wide_copy(p) for name, p in layer.get_base_layer().named_parameters(recurse=False)}
         if layer.merged:
-            layer.unmerge()  # for the method's own book-keeping only; the copy it works on is thrown away
+            layer.unmerge()  # for the method's own book-keeping only; the copies it works on are thrown away
     finally:
         for parameter, data in pristine.items():
             parameter.data = data
         layer.merged_adapters.clear()
-    return folded
+    return merged
+
+
+def wide_copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
 
 
 def _folded_over_packed(layer: BaseTunerLayer) -> torch.Tensor:

@@ -114,6 +114,15 @@ def small_factors(layer: BaseTunerLayer) -> Factors | None:
     return form(layer, names)
 
 
+def may_move_its_bias(layer: BaseTunerLayer) -> bool:
+    """Whether folding `layer` may change the bias too: IA3, RoAd and others scale or turn a layer's output as a whole.
+
+    The methods of the table leave it alone (LoRA's own `lora_bias` is refused), and so does what can be added to a
+    quantized weight.
+    """
+    return not isinstance(layer, tuple(SMALL_FORMS)) and not holds_packed_weight(layer.get_base_layer())
+
+
 def merge_order(layer: BaseTunerLayer) -> list[str]:
     """The order in which merging the active adapters gives the weight of the layer's forward.
 
