@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import TOLERANCE, perturb_trained, relative_error
 from peft import (
+    AdaLoraConfig,
     HiraConfig,
     IA3Config,
     LilyConfig,
@@ -47,6 +48,7 @@ FOLDS = {
     "dora": (LoraConfig(**TARGETS, r=4, use_dora=True), "scaled_low_rank"),
     "pissa": (LoraConfig(**TARGETS, r=4, init_lora_weights="pissa"), "low_rank"),
     "olora": (LoraConfig(**TARGETS, r=4, init_lora_weights="olora"), "low_rank"),
+    "adalora": (AdaLoraConfig(**TARGETS, total_step=10, lora_alpha=64), "dense"),
     "oft": (OFTConfig(**TARGETS, r=0, oft_block_size=16), "block_columns"),
     "oft wide": (OFTConfig(**TARGETS, r=0, oft_block_size=32), "block_columns"),
     "oft shared": (OFTConfig(**TARGETS, r=0, oft_block_size=16, block_share=True), "block_columns"),

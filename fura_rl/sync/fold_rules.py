@@ -17,6 +17,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.oft.layer import Linear as OFTLinear
 from peft.tuners.oft.layer import OFTLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from fura_rl.adapters.fura_layer import FuraLinear
 from fura_rl.adapters.quantized import holds_packed_weight
@@ -40,7 +41,9 @@ def lora_factors(layer: LoraLayer, names: list[str]) -> Factors | None:
     variants = [layer.lora_variant[name] for name in names if name in layer.lora_variant]
     dora = bool(variants) and all(isinstance(variant, DoraLinearVariant) for variant in variants)
     transposed = getattr(layer, "fan_in_fan_out", False)
-    if not set(names) <= set(layer.lora_A) or transposed or (variants and (not dora or len(names) > 1)):
+    # an embedding's are elsewhere, and AdaLoRA's are no modules, and more than two
+    plain = isinstance(layer.lora_A, nn.ModuleDict) and set(names) <= set(layer.lora_A)
+    if not plain or transposed or (variants and (not dora or len(names) > 1)):
         return None
     if not dora:
         return Factors("low_rank", low_rank_product(layer, names))
