@@ -51,6 +51,7 @@ from fura_rl.sync.remote_engine import Follower
 from fura_rl.sync.sharding import failing_together
 from fura_rl.sync.single_copy import SingleCopyEngine, move_to_host
 from fura_rl.sync.vllm_engine import InProcessEngine, cpu_cache_settings, engine_environment
+from fura_rl.sync.vllm_private import keeping_classes
 from fura_rl.sync.weight_sync import SyncReport, WeightSync
 from fura_rl.trainer_settings import check_settings
 
@@ -137,7 +138,9 @@ class FuraGRPOTrainer(GRPOTrainer):
         kwargs["load_format"] = "safetensors"  # vLLM would take pickled weights where there are no others
         if self._shares_weights:
             move_to_host(self.accelerator.unwrap_model(self.model))
-        return LLM(**kwargs)
+        models = self.model, self.ref_model, *self.reward_funcs
+        with keeping_classes(*(model for model in models if isinstance(model, nn.Module))):
+            return LLM(**kwargs)
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, make_smollm3_checkpoint
 from safetensors.torch import load_file, save_file
 
 from fura_rl.quickstart import BASE_MODEL
@@ -91,6 +91,16 @@ def test_every_adapter_trains_through_the_same_path(adapter, tmp_path):
     assert f"adapter {adapter}, " in text
     history = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
     assert all(entry["sync/probe_max_gap"] < 1e-4 for entry in history if "reward" in entry)
+
+
+def test_a_model_that_vllm_takes_from_transformers_trains_too(tmp_path):
+    model = make_smollm3_checkpoint(tmp_path / "model")
+    options = ["--config", "configs/quickstart.yaml", "--model_name_or_path", str(model), "--sync_probe_every", "1"]
+    run([*LAUNCH, *SHORT, *options, "--output_dir", str(tmp_path / "run")])
+    history = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    steps = [entry for entry in history if "reward" in entry]
+    assert len(steps) == 4
+    assert all(entry["sync/probe_max_gap"] < 1e-4 for entry in steps)
 
 
 def test_runs_that_start_together_do_not_take_each_others_port():

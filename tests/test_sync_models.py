@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PARITY_NATS, make_tiny_checkpoint, perturb_trained, start_llm
+from conftest import PARITY_NATS, make_smollm3_checkpoint, make_tiny_checkpoint, perturb_trained, start_llm
 from peft import IA3Config, LNTuningConfig, LoraConfig, RoadConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -115,6 +115,27 @@ def test_weights_that_a_checkpoint_stores_the_other_way_round_arrive(config, gpt
         assert report.probe_max_gap < PARITY_NATS
         assert (engine.prompt_logprobs(PROBE) - before).abs().max() > 100 * PARITY_NATS
         assert report.audit_gain_min is None, "the probe is the proof"
+
+
+def test_a_policy_of_a_class_that_vllm_rewrites_computes_trains_and_is_served(tmp_path):
+    folder = make_smollm3_checkpoint(tmp_path)
+    policy = adapted(folder, "fura")
+    with vllm_private.keeping_classes(policy):
+        engine = start(folder)
+    sync = WeightSync(policy, engine, PROBE, probe_every=1)
+    for step in range(2):
+        before = engine.prompt_logprobs(PROBE)
+        perturb_trained(policy, 0.1, seed=step)
+        report = sync.sync()
+        assert report.probe_max_gap < PARITY_NATS
+        assert report.audit_gain_min == pytest.approx(1.0, abs=0.01)
+        assert (engine.prompt_logprobs(PROBE) - before).abs().max() > 100 * PARITY_NATS
+    ids = torch.tensor([PROBE])
+    policy(input_ids=ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in policy.parameters() if parameter.requires_grad)
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    with policy.disable_adapter():
+        assert torch.equal(again(input_ids=ids).logits, policy(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("targets", [["k_proj"], ["q_proj", "k_proj", "v_proj", "down_proj"]])

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import importlib
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
 
 VLLM_VERSIONS_READ = "0.31"
 
@@ -41,3 +45,20 @@ def check_layout() -> None:
             f"vLLM {vllm.__version__} lacks {', '.join(faults)}. fura_rl reads vLLM {VLLM_VERSIONS_READ}: install that "
             "version, or bring the files fura_rl/sync/vllm_*.py up to the new layout"
         )
+
+
+@contextmanager
+def keeping_classes(*models: nn.Module) -> Iterator[None]:
+    """The classes of `models` serve them on, and others to be made, after an engine is built in this process.
+
+    For an architecture that it does not have itself (OLMo 2 and 3, SmolLM3, Starcoder2) vLLM takes transformers' model
+    and rewrites its class for torch.compile (`compilation/decorators.py`): a policy of that class would be asked for
+    attributes that only the engine's model has, and another one could not be made.
+    """
+    before = {type(module): type(module).__init__ for model in models for module in model.modules()}
+    try:
+        yield
+    finally:
+        for cls, init in before.items():
+            if cls.__init__ is not init:
+                cls.__init__, cls.do_not_compile = init, True  # the engine's model has the latter of its own
