@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from trl import GRPOConfig
 
 from fura_rl.adapters.fura_config import FuraConfig
@@ -38,9 +38,13 @@ def check_settings(args: GRPOConfig | None, peft_config: PeftConfig | None, held
 def adapter_faults(peft_config: PeftConfig | None) -> list[str]:
     """What of the adapter would not reach the engine."""
     faults = []
-    if set(getattr(peft_config, "modules_to_save", None) or ()) & {"embed_tokens", "lm_head"}:
+    virtual_tokens = getattr(peft_config, "is_prompt_learning", False) or getattr(
+        peft_config, "is_adaption_prompt", False
+    )
+    if virtual_tokens or getattr(peft_config, "peft_type", None) == PeftType.XLORA:
         faults.append(
-            "modules_to_save with embed_tokens or lm_head drifts from the engine where the two are tied; leave them out"
+            f"peft_config={type(peft_config).__name__} adds tokens to the input or weighs adapters by it, and the "
+            "engine is sent folded weights alone: take an adapter that PEFT can merge"
         )
     if getattr(peft_config, "lora_bias", False):
         faults.append(

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 from datasets import Dataset
-from peft import LilyConfig, LoraConfig
+from peft import AdaptionPromptConfig, LilyConfig, LoraConfig, PrefixTuningConfig, XLoraConfig
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig
 
@@ -91,6 +91,12 @@ def test_an_adapter_on_the_embedding_of_a_model_whose_head_is_tied_to_it(tmp_pat
         match=r"an adapter on model\.embed_tokens, but tie_word_embeddings.* Leave embed_tokens out of target_modules",
     ):
         prepare_run(parse_arguments(options, default_config=QUICKSTART))
+
+
+@pytest.mark.parametrize("config", [PrefixTuningConfig(num_virtual_tokens=4), AdaptionPromptConfig(), XLoraConfig()])
+def test_an_adapter_that_is_more_than_weights(config):
+    with pytest.raises(ValueError, match=rf"{type(config).__name__} adds tokens to the input or weighs adapters by it"):
+        check_settings(None, config)
 
 
 def test_a_method_that_no_engine_can_be_served(tmp_path, monkeypatch):

@@ -144,6 +144,17 @@ FROZEN_BASE = [name for name in METHODS if name not in ("full", "lift")]
 SLOW = [name if name == "fura" else pytest.param(name, marks=pytest.mark.slow) for name in FROZEN_BASE]
 
 
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_whole_modules_trained_beside_an_adapter_arrive_where_nothing_is_tied(engines, module):
+    engine, folder = engines("untied")
+    policy, sync = make_sync(engine, folder, "lora", ["q_proj"], adapter_kwargs={"modules_to_save": [module]})
+    for step in range(2):
+        before = engine.prompt_logprobs(PROBE)
+        perturb_trained(policy, 0.1, seed=step)
+        assert sync.sync().probe_max_gap < PARITY_NATS
+        assert (engine.prompt_logprobs(PROBE) - before).abs().max() > 100 * PARITY_NATS
+
+
 @pytest.mark.parametrize("adapter", SLOW)
 def test_a_bfloat16_base_is_bit_identical_after_a_thousand_syncs(engines, adapter):
     policy, sync = make_sync(*engines("bfloat16"), adapter, dtype=torch.bfloat16)
