@@ -159,7 +159,10 @@ def parse_arguments(argv: list[str] | None = None, default_config: str | None = 
     argv = list(sys.argv[1:] if argv is None else argv)
     if default_config and not {"--config", "--model_name_or_path"} & {token.partition("=")[0] for token in argv}:
         argv = ["--config", default_config, *argv]
-    if "dry_run" in refuse_faults(argv):
+    given = refuse_faults(argv)
+    if "eval_strategy" in given and "num_generations_eval" not in given:
+        argv += ["--num_generations_eval", "1"]  # held-out problems go to the engine, not into TRL's groups and batches
+    if "dry_run" in given:
         argv += DRY_RUN_OVERRIDES + ([] if torch.cuda.is_available() else ["--use_cpu", "true"])
     parser = TrlParser(DATACLASSES, allow_abbrev=False)
     return RunArguments(*parser.parse_args_and_config(argv))

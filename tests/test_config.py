@@ -144,3 +144,11 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def test_evaluation_during_training_asks_nothing_of_the_group_size():
+    """TRL wants evaluation batches of whole groups; held-out problems are scored otherwise."""
+    options = ["--eval_strategy", "steps", "--num_generations", "16", *CPU]
+    assert parse_arguments(options, default_config=QUICKSTART).training.num_generations == 16
+    told = parse_arguments([*options, "--num_generations_eval", "4"], default_config=QUICKSTART).training
+    assert told.num_generations_eval == 4
