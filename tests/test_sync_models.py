@@ -10,6 +10,7 @@ import torch
 from conftest import PARITY_NATS, make_smollm3_checkpoint, make_tiny_checkpoint, perturb_trained, start_llm
 from peft import IA3Config, LNTuningConfig, LoraConfig, RoadConfig, get_peft_model
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
@@ -115,6 +116,40 @@ def test_weights_that_a_checkpoint_stores_the_other_way_round_arrive(config, gpt
         assert report.probe_max_gap < PARITY_NATS
         assert (engine.prompt_logprobs(PROBE) - before).abs().max() > 100 * PARITY_NATS
         assert report.audit_gain_min is None, "the probe is the proof"
+
+
+FAMILIES = [
+    "arcee", "cohere2", "ernie4_5", "exaone4", "gemma2", "gemma3_text", "glm4", "granite", "hunyuan_v1_dense", "llama",
+    "nemotron", "olmo2", "olmo3", "opt", "phi3", "seed_oss", "stablelm", "starcoder2",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_model_families_are_served_with_no_code_of_their_own(family, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[family](
+        hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=32, vocab_size=len(tokenizer), max_position_embeddings=256,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.06)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path), FuraConfig(target_modules="all-linear"))
+    with vllm_private.keeping_classes(policy):
+        engine = start(tmp_path)
+    sync = WeightSync(policy, engine, PROBE, probe_every=1)
+    for step in range(2):
+        before = engine.prompt_logprobs(PROBE)
+        perturb_trained(policy, 0.3, seed=step)
+        report = sync.sync(everything=step == 0)
+        assert report.probe_max_gap < PARITY_NATS
+        assert report.audit_gain_min == pytest.approx(1.0, abs=0.01)
+        assert (engine.prompt_logprobs(PROBE) - before).abs().max() > 100 * PARITY_NATS
 
 
 def test_a_policy_of_a_class_that_vllm_rewrites_computes_trains_and_is_served(tmp_path):
