@@ -151,6 +151,8 @@ class FuraGRPOTrainer(GRPOTrainer):
     def _take_over_sync(self) -> None:
         generation = take_over(self)
         policy = self.accelerator.unwrap_model(self.model)
+        if generation.mode == "server":  # an engine of this process was not started without it
+            check_folds(policy)
         self.weight_sync = WeightSync(
             policy,
             self._rollout_engine(generation),

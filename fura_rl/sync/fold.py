@@ -174,7 +174,7 @@ def check_folds(model: nn.Module) -> None:
         NotImplementedError: naming the weight and the reason.
     """
     adapted = [weight for weight in checkpoint_weights(model) if weight.layer is not None]
-    for weight in {(type(weight.layer), weight.is_bias): weight for weight in adapted}.values():
+    for weight in {(type(weight.layer), weight.is_bias): weight for weight in reversed(adapted)}.values():
         try:
             weight.factors()
         except Exception as error:
