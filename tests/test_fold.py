@@ -233,6 +233,13 @@ def test_all_that_a_merge_moves_is_served_and_nothing_of_the_base_written(config
     assert all(p.data_ptr() == pointer and torch.equal(p, value) for p, pointer, value in before)
 
 
+def test_a_bias_trained_beside_an_adapter_does_not_tell_the_base():
+    policy = get_peft_model(Qwen2ForCausalLM(TINY_QWEN2), VeraConfig(target_modules=["q_proj"], r=4, bias="all"))
+    told = {weight.name for weight in checkpoint_weights(policy) if weight.holds_the_checkpoints}
+    assert "model.layers.0.self_attn.q_proj.weight" in told
+    assert not any(name.endswith("bias") for name in told)
+
+
 def test_a_method_that_peft_cannot_merge_is_refused_by_name(untied_checkpoint):
     model = AutoModelForCausalLM.from_pretrained(untied_checkpoint)
     policy = get_peft_model(model, LilyConfig(target_modules=["q_proj"], r=4))

@@ -64,8 +64,10 @@ class CheckpointWeight:
     @property
     def holds_the_checkpoints(self) -> bool:
         """Whether its base value is the checkpoint's: neither trained itself, nor quantized, nor rounded to a core."""
+        if self.parameter.requires_grad:  # a bias, too, that is trained beside the adapter on its layer
+            return False
         if self.layer is None:
-            return not self.trained and self.quantized is None
+            return self.quantized is None
         in_core = isinstance(self.layer, FuraLinear) and self.layer.owns_large_core
         return not in_core and not holds_packed_weight(self.layer.get_base_layer())
 
