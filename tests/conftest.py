@@ -79,21 +79,20 @@ def make_tiny_checkpoint(
     return folder
 
 
-def make_smollm3_checkpoint(folder: Path) -> Path:
-    """A random SmolLM3, for which vLLM has no model of its own and takes transformers'."""
-    from transformers import AutoTokenizer, SmolLM3Config, SmolLM3ForCausalLM
+def make_random_checkpoint(folder: Path, family: str, noise: float = 0.1, **overrides: object) -> Path:
+    """A random model of any family of transformers (its `model_type`), biases and norms moved too."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
     from fura_rl.quickstart import BASE_MODEL
 
     tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)
+    settings = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    size = {"num_hidden_layers": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 256}
     torch.manual_seed(0)
-    config = SmolLM3Config(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=len(tokenizer), max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    model = SmolLM3ForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**settings | special | size | overrides))
     for parameter in model.parameters():
-        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+        parameter.data.add_(torch.randn_like(parameter), alpha=noise)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

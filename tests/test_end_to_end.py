@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, make_smollm3_checkpoint
+from conftest import REPOSITORY, make_random_checkpoint
 from safetensors.torch import load_file, save_file
 
 from fura_rl.quickstart import BASE_MODEL
@@ -94,7 +94,7 @@ def test_every_adapter_trains_through_the_same_path(adapter, tmp_path):
 
 
 def test_a_model_that_vllm_takes_from_transformers_trains_too(tmp_path):
-    model = make_smollm3_checkpoint(tmp_path / "model")
+    model = make_random_checkpoint(tmp_path / "model", "smollm3")
     options = ["--config", "configs/quickstart.yaml", "--model_name_or_path", str(model), "--sync_probe_every", "1"]
     run([*LAUNCH, *SHORT, *options, "--output_dir", str(tmp_path / "run")])
     history = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]

@@ -7,17 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PARITY_NATS, make_smollm3_checkpoint, make_tiny_checkpoint, perturb_trained, start_llm
+from conftest import PARITY_NATS, make_random_checkpoint, make_tiny_checkpoint, perturb_trained, start_llm
 from peft import IA3Config, LNTuningConfig, LoraConfig, RoadConfig, get_peft_model
-from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from trl import ModelConfig
 
 from fura_rl import FuraConfig
@@ -124,47 +116,34 @@ FAMILIES = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_model_families_are_served_with_no_code_of_their_own(family, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)
-    torch.manual_seed(0)
-    config = CONFIG_MAPPING[family](
-        hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=32, vocab_size=len(tokenizer), max_position_embeddings=256,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():
-        parameter.data.add_(torch.randn_like(parameter), alpha=0.06)
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path), FuraConfig(target_modules="all-linear"))
-    with vllm_private.keeping_classes(policy):
-        engine = start(tmp_path)
+def check_that_two_updates_arrive(policy, engine, scale):
     sync = WeightSync(policy, engine, PROBE, probe_every=1)
     for step in range(2):
         before = engine.prompt_logprobs(PROBE)
-        perturb_trained(policy, 0.3, seed=step)
+        perturb_trained(policy, scale, seed=step)
         report = sync.sync(everything=step == 0)
         assert report.probe_max_gap < PARITY_NATS
         assert report.audit_gain_min == pytest.approx(1.0, abs=0.01)
         assert (engine.prompt_logprobs(PROBE) - before).abs().max() > 100 * PARITY_NATS
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_model_families_are_served_with_no_code_of_their_own(family, tmp_path):
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
+    folder = make_random_checkpoint(tmp_path, family, noise=0.06, head_dim=32, **sizes)
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), FuraConfig(target_modules="all-linear"))
+    with vllm_private.keeping_classes(policy):
+        engine = start(folder)
+    check_that_two_updates_arrive(policy, engine, 0.3)
+
+
 def test_a_policy_of_a_class_that_vllm_rewrites_computes_trains_and_is_served(tmp_path):
-    folder = make_smollm3_checkpoint(tmp_path)
+    folder = make_random_checkpoint(tmp_path, "smollm3")
     policy = adapted(folder, "fura")
     with vllm_private.keeping_classes(policy):
         engine = start(folder)
-    sync = WeightSync(policy, engine, PROBE, probe_every=1)
-    for step in range(2):
-        before = engine.prompt_logprobs(PROBE)
-        perturb_trained(policy, 0.1, seed=step)
-        report = sync.sync()
-        assert report.probe_max_gap < PARITY_NATS
-        assert report.audit_gain_min == pytest.approx(1.0, abs=0.01)
-        assert (engine.prompt_logprobs(PROBE) - before).abs().max() > 100 * PARITY_NATS
+    check_that_two_updates_arrive(policy, engine, 0.1)
     ids = torch.tensor([PROBE])
     policy(input_ids=ids, labels=ids).loss.backward()
     assert all(parameter.grad is not None for parameter in policy.parameters() if parameter.requires_grad)
@@ -175,29 +154,11 @@ def test_a_policy_of_a_class_that_vllm_rewrites_computes_trains_and_is_served(tm
 
 @pytest.mark.parametrize("targets", [["k_proj"], ["q_proj", "k_proj", "v_proj", "down_proj"]])
 def test_biases_that_a_merge_moves_arrive_in_a_fused_module_too(targets, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=len(tokenizer), max_position_embeddings=256, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = Qwen2ForCausalLM(config)
-    for parameter in model.parameters():
-        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    engine = start(tmp_path)
-    policy = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(tmp_path), RoadConfig(target_modules=targets, group_size=8)
-    )
-    sync = WeightSync(policy, engine, PROBE, probe_every=1)
-    for step in range(2):
-        before = engine.prompt_logprobs(PROBE)
-        perturb_trained(policy, 1.0, seed=step)
-        report = sync.sync()
-        assert report.probe_max_gap < PARITY_NATS
-        assert report.audit_gain_min == pytest.approx(1.0, abs=0.01)
-        assert (engine.prompt_logprobs(PROBE) - before).abs().max() > 100 * PARITY_NATS
+    folder = make_random_checkpoint(tmp_path, "qwen2", tie_word_embeddings=True)
+    engine = start(folder)
+    config = RoadConfig(target_modules=targets, group_size=8)
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
+    check_that_two_updates_arrive(policy, engine, 1.0)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.3), ("float16", 0.03)])
