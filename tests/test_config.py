@@ -35,6 +35,14 @@ def test_every_shipped_config_says_what_the_run_gets(path):
         assert getattr(actual, "value", actual) == value, name
 
 
+def test_evaluation_during_training_asks_nothing_of_the_group_size():
+    """TRL wants evaluation batches of whole groups; held-out problems are scored otherwise."""
+    options = ["--eval_strategy", "steps", "--num_generations", "16", *CPU]
+    assert parse_arguments(options, default_config=QUICKSTART).training.num_generations == 16
+    told = parse_arguments([*options, "--num_generations_eval", "4"], default_config=QUICKSTART).training
+    assert told.num_generations_eval == 4
+
+
 @pytest.mark.parametrize("name", ["fura", "svd", "lora", "full"])
 def test_the_paper_recipe(name):
     """METHOD: 50 steps of 32 prompts x 8 rollouts, 1024 new tokens, no KL, no division by the deviation."""
@@ -144,11 +152,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-
-
-def test_evaluation_during_training_asks_nothing_of_the_group_size():
-    """TRL wants evaluation batches of whole groups; held-out problems are scored otherwise."""
-    options = ["--eval_strategy", "steps", "--num_generations", "16", *CPU]
-    assert parse_arguments(options, default_config=QUICKSTART).training.num_generations == 16
-    told = parse_arguments([*options, "--num_generations_eval", "4"], default_config=QUICKSTART).training
-    assert told.num_generations_eval == 4
