@@ -45,6 +45,7 @@ CASES = {
     "fura-core": ("fura", {"form": "core"}),
     "lora": ("lora", None),
     "dora": ("dora", None),
+    "oft": ("oft", {"oft_block_size": 16, "r": 0}),
     "full": ("full", None),
 }
 

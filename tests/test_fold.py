@@ -32,7 +32,7 @@ from fura_rl.adapters.registry import METHODS, peft_config_for
 from fura_rl.sync import payload
 from fura_rl.sync.factors import RULES, Factors, fold_slice
 from fura_rl.sync.fold import check_folds, checkpoint_weights, fold, folded_weight
-from fura_rl.sync.fold_rules import SMALL_FORMS, small_factors
+from fura_rl.sync.fold_rules import SMALL_FORMS, core_to_batch, small_factors, small_factors_together
 from fura_rl.trainer_settings import check_settings
 
 # Methods by their PEFT config, and the rule that folds them; "dense" where nothing smaller than the weight will do.
@@ -278,10 +278,10 @@ def test_a_transposed_weight_is_described_as_its_checkpoint_stores_it(settings, 
         assert relative_error(weights[name].value(), own) < TOLERANCE[torch.float32]
 
 
-def adapted_layers(checkpoint, name, dtype=torch.float32):
+def adapted_layers(checkpoint, name, dtype=torch.float32, count=3):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype), copy.deepcopy(FOLDS[name][0]))
     perturb_trained(model, 0.3, seed=1)
-    return [module for module in model.eval().modules() if isinstance(module, BaseTunerLayer)][:3]
+    return [module for module in model.eval().modules() if isinstance(module, BaseTunerLayer)][:count]
 
 
 @pytest.mark.parametrize("name", FOLDS)
@@ -354,6 +354,33 @@ def test_every_method_folds_by_the_rule_of_the_table(untied_checkpoint, name):
         whole = (0, weight.shape[0]), (0, weight.shape[1])
         fold_slice(lambda rows, columns: weight[slice(*rows), slice(*columns)], factors, *whole, folded)
         assert relative_error(folded, folded_weight(layer)) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("name", ["fura", "fura rows", "svd"])
+def test_block_updates_that_are_made_together_are_those_made_alone(untied_checkpoint, name):
+    kinds = {}
+    for layer in adapted_layers(untied_checkpoint, name, count=None):
+        kinds.setdefault(core_to_batch(layer).update_kind, []).append(layer)
+    assert max(map(len, kinds.values())) > 1
+    for layers in kinds.values():
+        for layer, together in zip(layers, small_factors_together(layers), strict=True):
+            alone = small_factors(layer)
+            assert together.rule == alone.rule == FOLDS[name][1]
+            assert relative_error(together.tensors["update"], alone.tensors["update"]) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("name", ["fura qr", "fura core", "lora"])
+def test_what_is_no_block_update_of_the_papers_setting_is_made_alone(untied_checkpoint, name):
+    assert core_to_batch(adapted_layers(untied_checkpoint, name)[0]) is None
+
+
+def test_a_layer_with_two_active_adapters_is_folded_alone(untied_checkpoint):
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(untied_checkpoint), copy.deepcopy(FOLDS["fura"][0]))
+    policy.add_adapter("second", copy.deepcopy(FOLDS["fura"][0]))
+    layer = next(module for module in policy.modules() if isinstance(module, BaseTunerLayer))
+    assert core_to_batch(layer) is layer.fura_core["default"]
+    policy.base_model.set_adapter(["default", "second"])
+    assert core_to_batch(layer) is None
 
 
 @pytest.mark.parametrize("name", [name for name, (_, rule) in FOLDS.items() if rule != "dense"])

@@ -11,7 +11,7 @@ from vllm import SamplingParams
 
 from fura_rl.adapters.fura_tuner import fura_layers
 from fura_rl.adapters.registry import METHODS, peft_config_for
-from fura_rl.sync import audit_schedule, probe, update_watch
+from fura_rl.sync import audit_schedule, probe, update_watch, weight_sync
 from fura_rl.sync.audit import KernelAudit
 from fura_rl.sync.audit_schedule import AuditSchedule
 from fura_rl.sync.base_weights import BaseWeights
@@ -201,6 +201,25 @@ def test_weights_that_are_looked_at_one_by_one_look_as_they_do_together(engines,
     together, one_by_one = found
     assert one_by_one.update_cosine == pytest.approx(together.update_cosine, abs=1e-6)
     assert one_by_one.audit_gain_min == pytest.approx(together.audit_gain_min, abs=1e-6)
+
+
+@pytest.mark.parametrize("bound", [1, 2, 100])
+def test_block_updates_of_one_size_are_made_together_up_to_a_bound(engines, monkeypatch, bound):
+    engine, folder = engines("untied")
+    policy, sync = make_sync(engine, folder, "fura")
+    largest = max(layer.fura_core["default"].basis_v.nbytes for layer in fura_layers(policy))
+    monkeypatch.setattr(weight_sync, "CPU_BATCH_BYTES", bound * largest)
+    made, together = [], weight_sync.small_factors_together
+    monkeypatch.setattr(weight_sync, "small_factors_together", lambda layers: made.append(layers) or together(layers))
+    perturb_trained(policy, 1.0, seed=0)
+    report = sync.sync()
+    assert report.probe_max_gap < PARITY_NATS
+    assert sorted(map(id, (layer for layers in made for layer in layers))) == sorted(map(id, fura_layers(policy)))
+    sizes = [sum(layer.fura_core["default"].basis_v.nbytes for layer in layers) for layers in made]
+    assert max(sizes) <= bound * largest
+    kinds = {layer.fura_core["default"].update_kind for layer in fura_layers(policy)}
+    assert (len(made) == len(kinds)) == (bound == 100)
+    assert not sync._ahead, "made and never asked for"
 
 
 def test_the_small_update_of_a_shifted_base_survives_the_16_bits_that_it_is_sent_in():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -85,6 +86,14 @@ class FuraCore(nn.Module):
             change = blocks.core_change(self.basis_v, self.basis_s, delta_r, delta_s, self.treatment)
             return blocks.block_update(change, self.basis_v, self.scale())
 
+    @property
+    def update_kind(self) -> Hashable | None:
+        """Equal for cores whose D `updates_together` makes at once; None where it is made alone."""
+        if self.delta_r is None or self.delta_s is None:
+            return None
+        _, b, r = self.basis_v.shape
+        return b, r, self.delta_r.dtype, self.delta_s.dtype, self.basis_v.dtype, self.basis_v.device
+
     def core(self, adapted: bool = True) -> torch.Tensor:
         """C, (n, r, b): the core form's small core, trained or (not `adapted`) as it started."""
         with blocks.without_autocast(self.basis_v.device.type):
@@ -147,3 +156,13 @@ class FuraCore(nn.Module):
             if key in state_dict:
                 state_dict[key] = state_dict[key].to(torch.promote_types(state_dict[key].dtype, torch.float32))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@torch.no_grad()
+def updates_together(cores: Sequence[FuraCore]) -> Sequence[torch.Tensor]:
+    """D (n, b, b) of each of `cores`, which are of one `update_kind`: one by one it is mostly launches."""
+    deltas_r, deltas_s, rights, inverses = zip(*(core.spectral_tensors() for core in cores), strict=True)
+    together = (torch.cat(parts) for parts in (deltas_r, deltas_s, rights, inverses))
+    with blocks.without_autocast(rights[0].device.type):
+        update, _ = blocks.spectral_update_forward(*together)
+    return update.split([len(right) for right in rights])

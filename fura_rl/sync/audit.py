@@ -144,9 +144,11 @@ class KernelAudit:
         workers = engine.kernel_replies({name: self._spans[name] for name in due})
         shares = {name: [worker[name] for worker in workers if name in worker] for name in due}
         gains: dict[str, list[float]] = {name: [] for name in due}
+        copies = dict.fromkeys(due, 0)
         for names in grouped(due, lambda name: (self._expected[name].shape, len(shares[name]))):
-            gains |= zip(names, self._judge(names, [shares[name] for name in names], eps, syncs), strict=True)
-        copies = {name: whole_copies(shares[name]) for name in due}
+            together = [stacked(of_worker) for of_worker in zip(*(shares[name] for name in names), strict=True)]
+            gains |= zip(names, self._judge(names, together, eps, syncs), strict=True)
+            copies |= zip(names, whole_copies(together, len(names)), strict=True)
         gains |= {name: [math.nan] for name in due if copies[name] < self._answered.get(name, 0)}
         self._answered |= {name: max(copies[name], self._answered.get(name, 0)) for name in due}
         return {name: worst(found) for name, found in gains.items() if found}
@@ -159,18 +161,18 @@ class KernelAudit:
             moved |= set(itertools.compress(names, self._stand_out(names, everything, [eps] * len(names), syncs)))
         return [name for name in self._expected if name in moved]
 
-    def _judge(self, names: list[str], shares: list[list[KernelReply]], eps: float, syncs: int) -> list[list[float]]:
-        """The gains of each of `names`, alike in shape and in the number of shares: one for every reply that is whole
-        somewhere and shows its update there."""
-        coarsest = [max([eps, *(share.eps for share in own)]) for own in shares]
+    def _judge(self, names: list[str], shares: list[StackedReplies], eps: float, syncs: int) -> list[list[float]]:
+        """The gains of each of `names`, alike in shape: one for every reply that is whole somewhere and shows its
+        update there.  `shares` are every worker's, of all the names."""
+        coarsest = [max([eps, *(share.eps[i] for share in shares)]) for i in range(len(names))]
         judged = torch.zeros(len(names), *self._expected[names[0]].shape, dtype=torch.bool)
         found: list[list[float]] = [[] for _ in names]
-        for reply, whole in complete_replies([stacked(of_worker) for of_worker in zip(*shares, strict=True)]):
+        for reply, whole in complete_replies(shares):
             seen = self._stand_out(names, whole, coarsest, syncs)
             judged |= whole & torch.tensor(seen)[:, None, None]
             for own, gain in itertools.compress(zip(found, self._gains(names, reply, whole), strict=True), seen):
                 own.append(gain)
-        self._judged |= zip(names, judged, strict=True)
+        self._judged |= zip(names, judged.unbind(), strict=True)
         return found
 
     def _stand_out(self, names: list[str], whole: torch.Tensor, eps: list[float], syncs: int) -> list[bool]:
@@ -190,8 +192,11 @@ class KernelAudit:
 
     def accept(self, gains: dict[str, float]) -> None:
         """The layers of `gains` are proved, as far as they were judged: their next update is counted from here."""
-        for name in gains:
-            self._previous[name] = torch.where(self._judged[name], self._expected[name], self._previous[name])
+        for names in grouped(gains, lambda name: self._expected[name].shape):
+            judged, expected, previous = (
+                torch.stack([of[name] for name in names]) for of in (self._judged, self._expected, self._previous)
+            )
+            self._previous |= zip(names, torch.where(judged, expected, previous).unbind(), strict=True)
 
 
 def grouped(names: Iterable[str], key: Callable[[str], Hashable]) -> list[list[str]]:
@@ -207,12 +212,21 @@ def stack_of(tensors: Mapping[str, torch.Tensor], names: list[str]) -> torch.Ten
     return torch.stack([tensors[name] for name in names]).double()
 
 
-def stacked(replies: Sequence[KernelReply]) -> KernelReply:
-    """One worker's shares of several weights of one shape: (weights, VECTORS, features)."""
-    return KernelReply(torch.stack([r.output for r in replies]), torch.stack([r.covered for r in replies]))
+@dataclass(frozen=True)
+class StackedReplies:
+    """One worker's shares of several weights of one shape: (weights, VECTORS, features), and the eps of each."""
+
+    output: torch.Tensor
+    covered: torch.Tensor
+    eps: list[float]
 
 
-def complete_replies(shares: list[KernelReply]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def stacked(replies: Sequence[KernelReply]) -> StackedReplies:
+    outputs, covered = (torch.stack(parts) for parts in zip(*((r.output, r.covered) for r in replies), strict=True))
+    return StackedReplies(outputs, covered, [r.eps for r in replies])
+
+
+def complete_replies(shares: list[StackedReplies]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The workers' shares as (reply, the numbers of it that are whole), partial sums added up worker by worker.
 
     What two workers hold whole gives two replies, so that one of them cannot be stale behind the other; so do the
@@ -230,10 +244,12 @@ def complete_replies(shares: list[KernelReply]) -> list[tuple[torch.Tensor, torc
     return complete
 
 
-def whole_copies(shares: list[KernelReply]) -> int:
-    """How many times the workers' shares of one weight's reply cover every number of it."""
+def whole_copies(shares: list[StackedReplies], weights: int) -> list[int]:
+    """Of each of so many weights, how many times the workers' shares of its reply cover every number of it."""
+    if not shares:
+        return [0] * weights
     covered = sum(share.covered for share in shares)
-    return int((covered + 1e-3).min()) if shares else 0  # a sum of fractions
+    return (covered + 1e-3).flatten(1).amin(dim=1).int().tolist()  # a sum of fractions
 
 
 def worst(gains: Iterable[float]) -> float:

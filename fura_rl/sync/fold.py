@@ -6,6 +6,7 @@ weight reaches an engine.  `fold_rules.py` is the table of methods, `factors.py`
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -50,7 +51,7 @@ class CheckpointWeight:
     def module_name(self) -> str:
         return self.name.rpartition(".")[0]
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, ...]:
         """The tensor's shape in the checkpoint."""
         if isinstance(self.layer, FuraLinear):
@@ -91,7 +92,9 @@ class CheckpointWeight:
     @property
     def local_rows(self) -> Span:
         """The rows of the base value that this process holds; none of a weight whose large core is in pieces."""
-        if isinstance(self.layer, FuraLinear) and self.layer.owns_large_core and is_piece(self.parameter):
+        if not is_piece(self.parameter):
+            return 0, self.shape[0]
+        if isinstance(self.layer, FuraLinear) and self.layer.owns_large_core:
             return 0, 0
         return local_rows(pristine_weight(self))
 

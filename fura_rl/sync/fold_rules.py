@@ -7,7 +7,7 @@ of the weight.  A new method is one function and one line.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ from peft.tuners.oft.layer import OFTLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from fura_rl.adapters.fura_core import FuraCore, updates_together
 from fura_rl.adapters.fura_layer import FuraLinear
 from fura_rl.adapters.quantized import holds_packed_weight
 from fura_rl.sync.factors import Factors, Span
-from fura_rl.sync.sharding import by_rows, whole
+from fura_rl.sync.sharding import by_rows, is_piece, whole
 
 
 def fura_factors(layer: FuraLinear, names: list[str]) -> Factors | None:
@@ -31,8 +32,11 @@ def fura_factors(layer: FuraLinear, names: list[str]) -> Factors | None:
     if len({(core.form, core.axis, core.block_size) for core in cores}) > 1 or cores[0].form != "base":
         return None
     first, *others = (core.update_from(_float(core.delta_r), _float(core.delta_s)) for core in cores)
-    update = sum(others, start=first)
-    columns_of_the_stored_weight = (cores[0].axis == "in") != layer.is_conv1d
+    return block_factors(layer, cores[0], sum(others, start=first))
+
+
+def block_factors(layer: FuraLinear, core: FuraCore, update: torch.Tensor) -> Factors:
+    columns_of_the_stored_weight = (core.axis == "in") != layer.is_conv1d
     return Factors("block_columns" if columns_of_the_stored_weight else "block_rows", {"update": update})
 
 
@@ -60,10 +64,14 @@ def lora_factors(layer: LoraLayer, names: list[str]) -> Factors | None:
 
 def low_rank_product(layer: LoraLayer, names: list[str]) -> dict[str, torch.Tensor]:
     """`up` (out, r) and `down` (r, in), whose product is the sum of s B A over the adapters `names`."""
-    ups = [layer.scaling[name] * _float(layer.lora_B[name].weight) for name in names]
+    ups = [scaled(_float(layer.lora_B[name].weight), layer.scaling[name]) for name in names]
     downs = [_float(layer.lora_A[name].weight) for name in names]
     up, down = (ups[0], downs[0]) if len(names) == 1 else (torch.cat(ups, dim=1), torch.cat(downs))
     return {"up": up, "down": down}
+
+
+def scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+    return tensor if factor == 1 else factor * tensor
 
 
 def hira_factors(layer: HiraLayer, names: list[str]) -> Factors | None:
@@ -115,6 +123,24 @@ def small_factors(layer: BaseTunerLayer) -> Factors | None:
             f"{type(layer).__name__} is merged into its base weight; call unmerge_adapter() before a weight sync"
         )
     return form(layer, names)
+
+
+def core_to_batch(layer: BaseTunerLayer) -> FuraCore | None:
+    """The one active core of a layer, where its D can be made together with others of its `update_kind`; else None."""
+    if not isinstance(layer, FuraLinear) or holds_packed_weight(layer.get_base_layer()):
+        return None
+    cores = [layer.fura_core[name] for name in layer.active_adapters if name in layer.fura_core]
+    if len(cores) != 1 or cores[0].form != "base" or cores[0].update_kind is None or is_piece(cores[0].delta_r):
+        return None
+    return cores[0]
+
+
+@torch.no_grad()
+def small_factors_together(layers: Sequence[FuraLinear]) -> list[Factors]:
+    """`small_factors` of layers that have a `core_to_batch` of one `update_kind`."""
+    cores = [core_to_batch(layer) for layer in layers]
+    made = zip(layers, cores, updates_together(cores), strict=True)
+    return [block_factors(layer, core, update) for layer, core, update in made]
 
 
 def may_move_its_bias(layer: BaseTunerLayer) -> bool:

@@ -106,6 +106,7 @@ class UpdateWatch:
         self._span_rows = SPAN_ROWS if self._rounds else FLOAT32_SPAN_ROWS
         self._seen: set[str] = set()
         self._waiting: dict[Hashable, list[RowSample]] = {}  # by kind, of which all have the same size
+        self._waiting_bytes = 0
 
     def saw(self, weight: CheckpointWeight) -> bool:
         return weight.name in self._seen
@@ -129,10 +130,13 @@ class UpdateWatch:
             cut = cut_to_rows(read, factors, tuple(spans), weight.shape[1])
             sample = RowSample(weight.name, spans, base, cut, rounding_seed)
             self._waiting.setdefault(sample.kind, []).append(sample)
-            sizes = {kind: len(samples) * samples[0].nbytes for kind, samples in self._waiting.items()}
+            self._waiting_bytes += sample.nbytes
             on_cpu = next(iter(cut.tensors.values())).device.type == "cpu"
-            if sum(sizes.values()) > (CPU_WAITING_BYTES if on_cpu else WAITING_BYTES):
-                self._look_at(self._waiting.pop(max(sizes, key=sizes.get)))
+            if self._waiting_bytes > (CPU_WAITING_BYTES if on_cpu else WAITING_BYTES):
+                sizes = {kind: len(samples) * samples[0].nbytes for kind, samples in self._waiting.items()}
+                largest = max(sizes, key=sizes.get)
+                self._waiting_bytes -= sizes[largest]
+                self._look_at(self._waiting.pop(largest))
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -141,6 +145,7 @@ class UpdateWatch:
             for samples in self._waiting.values():
                 self._look_at(samples)
             self._waiting.clear()
+            self._waiting_bytes = 0
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

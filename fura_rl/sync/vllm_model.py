@@ -138,11 +138,9 @@ class LiveModel:
 
     def _repack_tied_head(self, written: Iterable[str]) -> None:
         """Rebuild the kernel of an output head that shares a tensor just written: on CPU it computes from a copy."""
-        parameters = {id(p) for name in written for p in self.modules[name].parameters(recurse=False)}
-        for name, module in self.modules.items():
-            weight = getattr(module, "weight", None)
-            shared = name not in written and id(weight) in parameters
-            if (shared or name in written) and keeps_a_packed_copy(module):
+        heads = {name: module for name, module in self.modules.items() if keeps_a_packed_copy(module)}
+        for name, module in heads.items():
+            if name in written or any(module.weight is p for w in written for p in self.modules[w].parameters(False)):
                 module.quant_method.process_weights_after_loading(module)
 
 

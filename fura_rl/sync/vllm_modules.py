@@ -28,7 +28,7 @@ def is_in_checkpoint_layout(module: nn.Module, regions: list[Region]) -> bool:
         return False
     loaded, _ = get_layerwise_info(module).restore_metadata
     for parameter in {region.parameter for region in regions}:
-        live, start = getattr(module, parameter), loaded.get(parameter)
+        live, start = getattr(module, parameter).data, loaded.get(parameter)
         if start is not None and (live.shape, live.stride()) != (start.shape, start.stride()):
             return False
     return True
@@ -42,8 +42,10 @@ def coarse_eps(module: nn.Module) -> float:
 
 def keeps_a_packed_copy(module: nn.Module) -> bool:
     """Whether a CPU kernel of this module computes from a copy of a weight that is kept as well (an output head)."""
+    if "cpu_linear" not in vars(module):
+        return False
     weight = getattr(module, "weight", None)
-    return hasattr(module, "cpu_linear") and weight is not None and weight.numel() > 0
+    return weight is not None and weight.numel() > 0
 
 
 def packs_faster_by_columns(module: nn.Module, regions: list[Region], factors: Factors | None) -> bool:

@@ -18,6 +18,8 @@ from fura_rl.sync.vllm_plan import Region
 if TYPE_CHECKING:
     from fura_rl.sync.vllm_model import LiveModel
 
+KernelKey = tuple[str, Span]  # a module of the engine and the columns of a weight that it multiplies by
+
 
 @torch.no_grad()
 def kernel_replies(live: LiveModel, spans: Mapping[str, Sequence[Span]]) -> dict[str, KernelReply]:
@@ -32,7 +34,7 @@ def kernel_replies(live: LiveModel, spans: Mapping[str, Sequence[Span]]) -> dict
             experts.setdefault(holders[stack], {})[name] = wanted
         else:
             pieces[name] = kernels.pieces(name, tuple(map(tuple, wanted)))
-    replies = joined(pieces)
+    replies = joined(pieces, kernels.outputs)
     for module_name, asked in experts.items():
         replies |= expert_replies(live, module_name, asked)
     return replies
@@ -82,52 +84,47 @@ def kernel_of(live: LiveModel, module_name: str) -> Callable[[torch.Tensor], tor
 
 
 @functools.lru_cache(maxsize=1024)
-def features_in(
-    spans: tuple[Span, ...], rows: Span, first: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which of the output features `spans` are among `rows` (a mask), and where those lie in a kernel's output, in
-    which `rows` begin at `first`."""
+def features_in(spans: tuple[Span, ...], rows: Span, first: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Which of the output features `spans` are among `rows` (a mask), where those lie in a kernel's output, in which
+    `rows` begin at `first`, and whether that is every one of them."""
     features = row_index(spans, torch.device("cpu"))
     here = (features >= rows[0]) & (features < rows[1])
-    return here, (features[here] - rows[0] + first).to(device)
+    return here, features[here] - rows[0] + first, bool(here.all())
 
 
 @dataclass(frozen=True)
 class Piece:
     """Of one weight's reply, what one region gives.
 
-    `output` (VECTORS, features) is on the engine's device, `here` marks the features it is of among those asked for,
-    and `covered` (VECTORS,) is the part of each vector's inputs that it is made from.
+    `here` marks its features among those asked for, of which they may be the whole, and `picked` are their places in
+    the output of the `kernel`.  `covered` (VECTORS,) is the part of each vector's inputs that the output is made from.
     """
 
-    output: torch.Tensor
+    kernel: KernelKey
     here: torch.Tensor
+    picked: torch.Tensor
+    is_whole: bool
     covered: torch.Tensor
     eps: float  # as of a KernelReply
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether it has every feature asked for."""
-        return self.output.shape[1] == len(self.here)
 
-
-def joined(pieces: Mapping[str, list[Piece]]) -> dict[str, KernelReply]:
-    """The reply of every weight that has pieces, on the CPU."""
-    there = {(name, i): piece.output for name, parts in pieces.items() for i, piece in enumerate(parts)}
-    outputs = {place: output.float() for place, output in audit.on_host(there).items()}
+def joined(pieces: Mapping[str, list[Piece]], outputs: Mapping[KernelKey, torch.Tensor]) -> dict[str, KernelReply]:
+    """The reply of every weight that has pieces, on the CPU, from the kernels' outputs (VECTORS, features)."""
+    outputs = audit.on_host(outputs)  # all of them at once: a look at each of a GPU's would wait for it
     replies = {}
     for name, parts in pieces.items():
         if not parts:
             continue
         if len(parts) == 1 and parts[0].is_whole:
-            covered = parts[0].covered[:, None].expand_as(outputs[name, 0])
-            replies[name] = KernelReply(outputs[name, 0], covered, parts[0].eps)
+            [part] = parts
+            reply = outputs[part.kernel][:, part.picked].float()
+            replies[name] = KernelReply(reply, part.covered[:, None].expand_as(reply), part.eps)
             continue
         output, covered = torch.zeros(2, audit.VECTORS, len(parts[0].here))
-        for i, piece in enumerate(parts):
-            output[:, piece.here] += outputs[name, i]
-            covered[:, piece.here] += piece.covered[:, None]
-        replies[name] = KernelReply(output, covered, max(piece.eps for piece in parts))
+        for part in parts:
+            output[:, part.here] += outputs[part.kernel][:, part.picked].float()
+            covered[:, part.here] += part.covered[:, None]
+        replies[name] = KernelReply(output, covered, max(part.eps for part in parts))
     return replies
 
 
@@ -136,8 +133,9 @@ class KernelOutputs:
 
     def __init__(self, live: LiveModel) -> None:
         self.live = live
+        self.outputs: dict[KernelKey, torch.Tensor] = {}  # (VECTORS, features) each, on the engine's device
         self._vectors: dict[int, torch.Tensor] = {}
-        self._last: tuple[tuple[str, Span], torch.Tensor | None] | None = None  # one: a whole model's would add up
+        self._eps: dict[str, float] = {}  # `coarse_eps` of every module that was asked
 
     def pieces(self, name: str, spans: tuple[Span, ...]) -> list[Piece]:
         """The parts of the reply of one weight; none where no kernel of this worker multiplies by it.
@@ -148,24 +146,25 @@ class KernelOutputs:
         pieces = []
         for module_name in self.live.owners.get(name, ()):
             for region in (r for r in self.live.regions[module_name] if r.name == name and r.parameter == "weight"):
-                reply = None if region.transposed else self._of(module_name, region)
-                if reply is None:
+                key = None if region.transposed else self._run(module_name, region)
+                if key is None:
                     break
                 first = region.offset // region.stride[0]  # output features lie in the order of the rows
-                here, picked = features_in(spans, region.rows, first, reply.device)
+                places = features_in(spans, region.rows, first)
                 covered = audit.covered_by(region.columns, region.total_columns)
-                eps = coarse_eps(self.live.modules[module_name])
-                pieces.append(Piece(reply[:, picked], here, covered, eps))
+                pieces.append(Piece(key, *places, covered, self._eps[module_name]))
         return pieces
 
-    def _of(self, module_name: str, region: Region) -> torch.Tensor | None:
-        """x W^T (VECTORS, features) of the module that holds `region`; None where it is no matrix."""
+    def _run(self, module_name: str, region: Region) -> KernelKey | None:
+        """Have the module that holds `region` compute x W^T, if that was not done; None where it is no matrix."""
         key = module_name, region.columns
-        if self._last is None or self._last[0] != key:
+        if key not in self.outputs:
             kernel = kernel_of(self.live, module_name)
-            vectors = self._vectors_of(region.total_columns)[:, slice(*region.columns)]
-            self._last = key, None if kernel is None else kernel(vectors.contiguous())
-        return self._last[1]
+            if kernel is None:
+                return None
+            self._eps[module_name] = coarse_eps(self.live.modules[module_name])
+            self.outputs[key] = kernel(self._vectors_of(region.total_columns)[:, slice(*region.columns)].contiguous())
+        return key
 
     def _vectors_of(self, features: int) -> torch.Tensor:
         if features not in self._vectors:

@@ -6,7 +6,7 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -23,7 +23,7 @@ from fura_rl.sync.engine import LazyFactors, Push, RolloutEngine, Update
 from fura_rl.sync.factors import Factors
 from fura_rl.sync.fingerprint import Sample, base_sample
 from fura_rl.sync.fold import BaseSlices, CheckpointWeight, checkpoint_weights
-from fura_rl.sync.fold_rules import small_factors
+from fura_rl.sync.fold_rules import core_to_batch, small_factors, small_factors_together
 from fura_rl.sync.proof import Delivery, SyncProof
 from fura_rl.sync.remote_engine import Follower
 from fura_rl.sync.rounding import ROUNDINGS
@@ -32,6 +32,11 @@ from fura_rl.sync.shifted_base import relative_to_start, starts_of_shifted_bases
 from fura_rl.sync.update_watch import UpdateWatch
 
 logger = logging.getLogger(__name__)
+
+# Of block matrices that are made at once, so many bytes at most: on a CPU what its cache holds, elsewhere less than the
+# weights of a layer.
+BATCH_BYTES = 32 * 2**20
+CPU_BATCH_BYTES = 2**20
 
 SYNC_MODES = ("auto", "dense", "factored")
 
@@ -135,6 +140,8 @@ class WeightSync:
         self._syncs_since_audit = 0
         self._rounding_seed: int | None = None  # of the last push
         self._begun: set[str] = set()  # weights of the last delivery whose making, and gathering, has begun
+        self._alike: dict[str, list[CheckpointWeight]] = {}  # weight of a delivery -> those made with it
+        self._ahead: dict[str, Factors] = {}  # made with another one, and not yet asked for
         self.weights = self._current_weights()
         if mode == "factored":
             refuse_without_small_form(self.weights.values())
@@ -285,6 +292,7 @@ class WeightSync:
         self._rounding_seed = None
         if self.rounding == "stochastic" and self.engine.dtype.itemsize == 2:
             self._rounding_seed = hash((self.seed, self.version)) % 2**62
+        self._alike = batches(chosen) if self.mode != "dense" else {}
         factors = LazyFactors({weight.name: functools.partial(self._make, weight) for weight in chosen})
         sent_before = {
             name: functools.partial(self._factors, weight)
@@ -329,12 +337,18 @@ class WeightSync:
             if shared:
                 self._gather_along([weight for weight in chosen if weight.name not in self._begun])
             raise
+        finally:
+            self._ahead.clear()
         return delivered
 
     def _make(self, weight: CheckpointWeight) -> Factors:
         """What an engine is sent of `weight`, whenever it asks for it."""
         self._begun.add(weight.name)
-        factors = self._factors(weight)
+        if weight.name in self._alike and weight.name not in self._ahead:
+            together = self._alike[weight.name]
+            made = small_factors_together([one.layer for one in together])
+            self._ahead |= {one.name: factors for one, factors in zip(together, made, strict=True)}
+        factors = self._ahead.pop(weight.name, None) or self._factors(weight)
         self._looking.note(weight, factors, self._rounding_seed)
         return factors
 
@@ -355,6 +369,24 @@ class WeightSync:
     def _checkpoint_read(self, weight: CheckpointWeight) -> BaseSlices:
         """This process's rows of the base weight as the checkpoint has it, also where making the adapter moved it."""
         return replace(weight.read_local(), start=self._starts.get(weight.name))
+
+
+def batches(weights: Iterable[CheckpointWeight]) -> dict[str, list[CheckpointWeight]]:
+    """Weight -> those near it in `weights` whose factors are made with its own: of one block size, within the limit."""
+    last: dict[Hashable, tuple[list[CheckpointWeight], int]] = {}  # of every kind, and their bytes
+    found: dict[str, list[CheckpointWeight]] = {}
+    for weight in weights:
+        core = None if weight.layer is None else core_to_batch(weight.layer)
+        if core is None:
+            continue
+        limit = CPU_BATCH_BYTES if core.basis_v.device.type == "cpu" else BATCH_BYTES
+        batch, size = last.get(core.update_kind, ([], 0))
+        if size + core.basis_v.nbytes > limit:
+            batch, size = [], 0
+        batch.append(weight)
+        found[weight.name] = batch
+        last[core.update_kind] = batch, size + core.basis_v.nbytes
+    return found
 
 
 def parent_of(module_name: str) -> str:
