@@ -33,10 +33,10 @@ from fura_rl.sync.update_watch import UpdateWatch
 
 logger = logging.getLogger(__name__)
 
-# Of block matrices that are made at once, so many bytes at most: on a CPU what its cache holds, elsewhere less than the
-# weights of a layer.
+# Of block matrices that are made at once, so many bytes at most: on a CPU few, since to bring larger ones together costs
+# more than it saves, elsewhere less than the weights of a layer.
 BATCH_BYTES = 32 * 2**20
-CPU_BATCH_BYTES = 2**20
+CPU_BATCH_BYTES = 2**17
 
 SYNC_MODES = ("auto", "dense", "factored")
 
@@ -386,7 +386,7 @@ def batches(weights: Iterable[CheckpointWeight]) -> dict[str, list[CheckpointWei
         batch.append(weight)
         found[weight.name] = batch
         last[core.update_kind] = batch, size + core.basis_v.nbytes
-    return found
+    return {name: batch for name, batch in found.items() if len(batch) > 1}
 
 
 def parent_of(module_name: str) -> str:
