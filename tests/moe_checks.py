@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import PARITY_NATS, make_moe_checkpoint, perturb_trained, start_llm
+from conftest import PARITY_NATS, make_moe_checkpoint, make_random_checkpoint, perturb_trained, start_llm
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
@@ -10,7 +10,8 @@ from trl import ModelConfig
 from fura_rl.adapters.registry import peft_config_for
 from fura_rl.sync import probe, vllm_model
 from fura_rl.sync.factors import Factors
-from fura_rl.sync.vllm_engine import InProcessEngine
+from fura_rl.sync.remote_engine import RemoteEngine
+from fura_rl.sync.vllm_engine import InProcessEngine, ProcessTransport, factored_sync_settings
 from fura_rl.sync.weight_sync import WeightSync
 
 PROBE = list(range(5, 45))
@@ -74,3 +75,35 @@ def test_the_audit_names_the_one_stale_expert(moe, adapter, monkeypatch):
     perturb_trained(policy, 0.1, seed=2)
     with pytest.raises(probe.StaleEngineError, match=rf"audit: 1 of \d+ modules .*{stack}\.3 "):
         sync.sync()
+
+
+@pytest.fixture(scope="module", params=["mixtral", "granitemoe"])
+def named_otherwise(request, tmp_path_factory):
+    """Checkpoints with names that transformers 5 does not have: of routers, of experts and their stacks."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    folder = make_random_checkpoint(tmp_path_factory.mktemp(request.param), request.param, **experts)
+    return start_llm(folder, **factored_sync_settings()), folder
+
+
+@pytest.mark.parametrize("as_in_a_server", [True, False])  # in this order: the other one leaves no base behind
+def test_experts_that_their_checkpoint_names_otherwise_arrive(named_otherwise, as_in_a_server):
+    llm, folder = named_otherwise
+    experts = LoraConfig(
+        r=4, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]
+    )
+    for adapter in ("fura", experts, "full"):
+        engine = RemoteEngine(ProcessTransport(llm)) if as_in_a_server else InProcessEngine(llm)
+        policy = adapted(folder, adapter)
+        sync = WeightSync(policy, engine, PROBE, probe_every=1)
+        for step in range(2):
+            before = engine.prompt_logprobs(PROBE)
+            perturb_trained(policy, 0.2, seed=step)
+            report = sync.sync(everything=step == 0 and not as_in_a_server)
+            assert report.probe_max_gap < PARITY_NATS
+            assert (engine.prompt_logprobs(PROBE) - before).abs().max() > 100 * PARITY_NATS
+        assert report.audit_gain_min == pytest.approx(1, abs=0.02)
+        seen = {name for name, numbers in sync.proof.audit._judged.items() if numbers.any()}
+        judged = {name for name in seen if name.rpartition(".")[2].isdecimal()}
+        assert len(judged) == (0 if adapter == "fura" else 2 * 4), "every expert of both layers"
+        if as_in_a_server:
+            engine.close()

@@ -5,12 +5,19 @@ from contextlib import closing, contextmanager
 
 import pytest
 import torch
-from conftest import PARITY_NATS, make_moe_checkpoint, make_tiny_checkpoint, perturb_trained
+from conftest import (
+    PARITY_NATS,
+    make_moe_checkpoint,
+    make_random_checkpoint,
+    make_tiny_checkpoint,
+    perturb_trained,
+)
 from peft import LoraConfig, get_peft_model
 from test_weight_sync import check_that_a_sync_drops_the_cache, sampler_of
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import ModelConfig
 
+from fura_rl import FuraConfig
 from fura_rl.adapters.registry import METHODS, peft_config_for
 from fura_rl.benchmark import measure
 from fura_rl.sync import payload, update_watch
@@ -145,6 +152,21 @@ def test_a_tied_head_in_the_shards_of_two_workers_follows(tmp_path):
                 assert report.probe_max_gap < PARITY_NATS
             assert report.audit_gain_min == pytest.approx(1.0, abs=0.01)
             engine.close()
+
+
+def test_rows_that_a_loader_puts_in_another_order_arrive_in_the_shards_of_two_workers(tmp_path):
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4}
+    folder = make_random_checkpoint(tmp_path, "gpt_neox", noise=0.06, **sizes)
+    with running(folder, workers=2, block_size=32) as transport, closing(RemoteEngine(transport)) as engine:
+        policy = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), FuraConfig(target_modules="all-linear"))
+        sync = WeightSync(policy, engine, PROBE, probe_every=1)
+        for step in range(2):
+            before = engine.prompt_logprobs(PROBE)
+            perturb_trained(policy, 0.3, seed=step)
+            report = sync.sync()
+            assert report.probe_max_gap < PARITY_NATS
+            assert report.audit_gain_min == pytest.approx(1.0, abs=0.01)
+            assert (engine.prompt_logprobs(PROBE) - before).abs().max() > 100 * PARITY_NATS
 
 
 @pytest.mark.parametrize("case", QUANTIZED)

@@ -3,12 +3,14 @@
 import re
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import PARITY_NATS, make_random_checkpoint, make_tiny_checkpoint, perturb_trained, start_llm
 from peft import IA3Config, LNTuningConfig, LoraConfig, RoadConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from trl import ModelConfig
 
@@ -17,7 +19,8 @@ from fura_rl.adapters.registry import peft_config_for
 from fura_rl.quickstart import BASE_MODEL
 from fura_rl.sync import vllm_model, vllm_private
 from fura_rl.sync.probe import StaleEngineError
-from fura_rl.sync.vllm_engine import InProcessEngine
+from fura_rl.sync.remote_engine import RemoteEngine
+from fura_rl.sync.vllm_engine import InProcessEngine, ProcessTransport, factored_sync_settings
 from fura_rl.sync.vllm_model import PoisonedEngineError
 from fura_rl.sync.vllm_modules import is_in_checkpoint_layout
 from fura_rl.sync.vllm_replies import kernel_of
@@ -136,6 +139,56 @@ def test_model_families_are_served_with_no_code_of_their_own(family, tmp_path):
     with vllm_private.keeping_classes(policy):
         engine = start(folder)
     check_that_two_updates_arrive(policy, engine, 0.3)
+
+
+@pytest.mark.parametrize("as_in_a_server", [False, True])
+def test_rows_that_a_loader_puts_in_another_order_arrive_and_are_audited(as_in_a_server, tmp_path, monkeypatch):
+    """A Pythia's checkpoint has q, k and v head by head, and its output head under another name than its policy."""
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4}
+    folder = make_random_checkpoint(tmp_path, "gpt_neox", noise=0.06, **sizes)
+    llm = start_llm(folder, **factored_sync_settings())
+    for config in (
+        FuraConfig(target_modules="all-linear"),
+        RoadConfig(target_modules=["query_key_value"], group_size=8),
+    ):
+        engine = RemoteEngine(ProcessTransport(llm)) if as_in_a_server else InProcessEngine(llm)
+        policy = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
+        sync = WeightSync(policy, engine, PROBE, probe_every=1)
+        for step in range(2):
+            before = engine.prompt_logprobs(PROBE)
+            perturb_trained(policy, 0.3, seed=step)
+            report = sync.sync(everything=step == 0 and not as_in_a_server)
+            assert report.probe_max_gap < PARITY_NATS
+            assert report.audit_gain_min == pytest.approx(1.0, abs=0.01)
+            assert (engine.prompt_logprobs(PROBE) - before).abs().max() > 100 * PARITY_NATS
+        if as_in_a_server:
+            engine.close()
+    assert "embed_out.weight" in sync.weights
+    if as_in_a_server:
+        return
+    stale, write = "gpt_neox.layers.1.attention.query_key_value", vllm_model.fill
+    monkeypatch.setattr(
+        vllm_model, "fill", lambda region, *rest: None if region.name == f"{stale}.weight" else write(region, *rest)
+    )
+    perturb_trained(policy, 0.3, seed=2)
+    with pytest.raises(StaleEngineError, match=rf"1 of \d+ modules .*{stale}"):
+        sync.sync()
+
+
+def test_a_checkpoint_of_the_base_model_alone_is_known_by_a_server(tmp_path):
+    """As GPT-2's on the hub, whose names lack the `transformer.` of the whole model."""
+    folder = make_random_checkpoint(tmp_path, "gpt2", n_embd=64, n_layer=2, n_head=2)
+    weights = {name.removeprefix("transformer."): t for name, t in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    llm = start_llm(folder, block_size=32, **factored_sync_settings())
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), FuraConfig(target_modules=["c_attn", "c_fc"]))
+    with closing(RemoteEngine(ProcessTransport(llm))) as engine:
+        sync = WeightSync(policy, engine, PROBE, probe_every=1)
+        for step in range(2):
+            before = engine.prompt_logprobs(PROBE)
+            perturb_trained(policy, 1.0, seed=step)
+            assert sync.sync().probe_max_gap < PARITY_NATS
+            assert (engine.prompt_logprobs(PROBE) - before).abs().max() > 100 * PARITY_NATS
 
 
 def test_a_policy_of_a_class_that_vllm_rewrites_computes_trains_and_is_served(tmp_path):

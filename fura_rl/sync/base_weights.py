@@ -43,13 +43,19 @@ class BaseWeights:
         return names
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return self._stored_name(name) in self._files
+
+    def _stored_name(self, name: str) -> str:
+        """`name`, or without its first part where the checkpoint is of the base model alone, as GPT-2's on the hub."""
+        bare = name.partition(".")[2]
+        return bare if name not in self._files and bare in self._files else name
 
     def _slice(self, name: str) -> Any:
-        file = self._files[name]
+        stored = self._stored_name(name)
+        file = self._files[stored]
         if file not in self._open:
             self._open[file] = safe_open(self.folder / file, framework="pt")
-        return self._open[file].get_slice(name)
+        return self._open[file].get_slice(stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())

@@ -54,14 +54,14 @@ class ExpertLayer:
     @torch.no_grad()
     def replies(self, dtype: torch.dtype) -> torch.Tensor:
         """(experts, VECTORS, features): what a kernel must compute that holds these weights in `dtype`."""
-        return self._replies({w.name.rpartition(".")[2]: w.value().to(dtype).float() for w in self.weights})
+        return self._replies({w.parameter_name: w.value().to(dtype).float() for w in self.weights})
 
     @torch.no_grad()
     def base_replies(self) -> torch.Tensor | None:
         """The same of the base weights; None where training has overwritten them."""
         if any(weight.trained and weight.layer is None for weight in self.weights):
             return None
-        return self._replies({w.name.rpartition(".")[2]: pristine_weight(w).float() for w in self.weights})
+        return self._replies({w.parameter_name: pristine_weight(w).float() for w in self.weights})
 
     def _replies(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         device = next(iter(tensors.values())).device
@@ -87,4 +87,4 @@ def expert_layers(model: nn.Module, weights: Iterable[CheckpointWeight]) -> Iter
         while isinstance(module, ParamWrapper):
             module = module.base_layer
         if hasattr(module, "num_experts"):
-            yield ExpertLayer(name, module, tuple(stack))
+            yield ExpertLayer(stack[0].name.rpartition(".")[0], module, tuple(stack))

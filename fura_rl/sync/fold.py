@@ -27,8 +27,9 @@ from fura_rl.sync.sharding import gathered, is_piece, local, local_rows, whole, 
 
 @dataclass(frozen=True)
 class CheckpointWeight:
-    """One tensor of the policy under its checkpoint name, e.g. `model.layers.0.self_attn.q_proj.weight`.
+    """One tensor of the policy, e.g. `model.layers.0.self_attn.q_proj.weight`.
 
+    `name` is the policy's own, or, for an engine, that in the checkpoint; `own_name` is then the policy's.
     `layer` is the adapter layer that changes it, or None; `trained` says whether training moves its value (folded, or a
     parameter that takes gradients).  `quantized` is the bare quantized layer it belongs to, or None: its value never
     moves, but it is not the 16-bit checkpoint's either.
@@ -38,6 +39,7 @@ class CheckpointWeight:
     parameter: nn.Parameter
     layer: BaseTunerLayer | None = None
     quantized: nn.Module | None = None
+    own_name: str | None = None
 
     @property
     def trained(self) -> bool:
@@ -49,7 +51,12 @@ class CheckpointWeight:
 
     @property
     def module_name(self) -> str:
-        return self.name.rpartition(".")[0]
+        """The policy's own name of the module that it is in."""
+        return (self.own_name or self.name).rpartition(".")[0]
+
+    @property
+    def parameter_name(self) -> str:
+        return (self.own_name or self.name).rpartition(".")[2]
 
     @functools.cached_property
     def shape(self) -> tuple[int, ...]:
@@ -151,7 +158,8 @@ class BaseSlices:
 
 
 def checkpoint_weights(model: nn.Module) -> list[CheckpointWeight]:
-    """Every parameter of the underlying model in module order, tied ones once, adapters folded into their owner.
+    """Every parameter of the underlying model in module order under its own name, tied ones once, adapters folded into
+    their owner.
 
     `model` is a plain or a PEFT model.
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from fura_rl.sync.checkpoint_names import CheckpointNames
 from fura_rl.sync.engine import Push, Update
 from fura_rl.sync.factors import Read, Span
 from fura_rl.sync.fingerprint import Sample
@@ -54,7 +55,7 @@ class SingleCopyEngine(InProcessEngine):
         """Move the policy into the engine's storage; an unadapted weight that has no place there stays where it is."""
         super().prepare(tensors, base_samples)
         places, refused = {}, {}
-        weights = {weight.name: weight for weight in checkpoint_weights(self.policy)}
+        weights = CheckpointNames(self.policy).named(checkpoint_weights(self.policy))
         for name, weight in weights.items():
             try:
                 places[name] = self._place_of(weight)
@@ -97,7 +98,11 @@ class SingleCopyEngine(InProcessEngine):
             raise Unshareable("lies in the engine in several pieces")
         [(owner, region)] = places
         module = self.model.modules[owner]
-        if region.transposed or not is_in_checkpoint_layout(module, self.model.regions[owner]):
+        if (
+            region.transposed
+            or region.row_order is not None
+            or not is_in_checkpoint_layout(module, self.model.regions[owner])
+        ):
             raise Unshareable("is kept by the engine in another layout (an engine on a CPU packs its weights)")
         return region.view(getattr(module, region.parameter))
 

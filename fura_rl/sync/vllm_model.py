@@ -157,6 +157,8 @@ def fill(
         OverflowError: where the weight has outgrown float16.
     """
     out = region.view(parameter)
+    if region.row_order is not None:
+        reordered, out = out, out.new_empty(region.rows[1] - region.rows[0], *out.shape[1:])
     if region.ops:
         source = read(region.name)(region.rows, region.columns) if factors is None else factors.tensors["weight"]
         out.copy_(replay(region.ops, source))
@@ -166,6 +168,8 @@ def fill(
         out.copy_(factors.tensors["weight"][slice(*region.rows)])
     else:
         fold_slice(read(region.name), factors, region.rows, region.columns, out, generator(region.name))
+    if region.row_order is not None:
+        reordered.copy_(out[list(region.row_order)])
     if out.dtype == torch.float16 and not all_finite([out]):
         raise OverflowError(
             f"{region.name}: the weight to serve exceeds {torch.finfo(torch.float16).max:.0f}, the largest number of "

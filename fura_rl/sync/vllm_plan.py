@@ -25,7 +25,9 @@ class Region:
 
     `name[rows, columns]` (transposed where `transposed`) is the strided region of the parameter at `offset`.  A vector
     has columns (0, 1).  Of a tensor with more dimensions (stacked experts) `rows` is the whole first one, and `ops` are
-    the slices that vLLM's loader cuts out of the tensor.
+    the slices that vLLM's loader cuts out of the tensor.  Where the loader has put rows in another order (GPT-NeoX's
+    and Bloom's q, k and v, head by head in the checkpoint), `rows` are all of them, and `row_order` says which of them
+    lies in each row of the region.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Region:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     ops: tuple = ()
+    row_order: tuple[int, ...] | None = None
 
     @property
     def element_count(self) -> int:
@@ -59,7 +62,11 @@ def lies_column_by_column(parameter: torch.Tensor) -> bool:
 
 
 def dry_run(live: LiveModel, tensors: Mapping[str, tuple[int, ...]]) -> list[Any]:
-    """vLLM's record of every copy that loading `tensors` would make; the model is left as it was."""
+    """vLLM's record of every copy that loading `tensors` would make; the model is left as it was.
+
+    Raises:
+        NotImplementedError: where the model's loader does not take them.
+    """
     from vllm.distributed.weight_transfer.sharded_rdt_engine import ShardedRDTWeightTransferEngine as Recorder
     from vllm.distributed.weight_transfer.sharded_rdt_fake import BakeSink, FakeRDTTensor
     from vllm.model_executor.model_loader.reload.layerwise import initialize_layerwise_reload
@@ -73,6 +80,12 @@ def dry_run(live: LiveModel, tensors: Mapping[str, tuple[int, ...]]) -> list[Any
                 (name, FakeRDTTensor(name, torch.Size(shape), live.dtype, live.device, sink=sink))
                 for name, shape in tensors.items()
             )
+        except Exception as error:
+            raise NotImplementedError(
+                f"vLLM's {type(live.model).__name__} does not take the tensors of this policy: {error}. transformers "
+                "holds its weights in another form than its checkpoint, one that vLLM's loader of the model does not "
+                "know: train another model, or sample with use_vllm=false"
+            ) from error
         finally:
             Recorder._restore_after_dry_run(None, live.model)
     return [scatter for scatters in sink.copies_by_layer.values() for scatter in scatters]
@@ -94,6 +107,9 @@ def make_region(name: str, shape: tuple[int, ...], ops: tuple, scatter: Any) -> 
         place = scatter.param_name, scatter.offset, scatter.shape, scatter.stride
         return Region(name, (0, shape[0]), (0, 1), 1, False, *place, ops)
     rows, columns = replay(ops, rows), replay(ops, columns)
+    row_order = order_of_rows(rows, columns)
+    if row_order is not None:
+        rows = torch.arange(shape[0]).reshape(-1, *[1] * (rows.ndim - 1)).expand(-1, *rows.shape[1:])
     transposed = rows.ndim == 2 and rows.shape[1] > 1 and bool(rows[0, 0] != rows[0, -1])
     region = Region(
         name,
@@ -105,10 +121,23 @@ def make_region(name: str, shape: tuple[int, ...], ops: tuple, scatter: Any) -> 
         scatter.offset,
         scatter.shape,
         scatter.stride,
+        row_order=row_order,
     )
     if (region.rows[1] - region.rows[0]) * (region.columns[1] - region.columns[0]) != rows.numel():
         raise NotImplementedError(f"{name}: vLLM loads a part of it that is not a rectangle")
     return region
+
+
+def order_of_rows(rows: torch.Tensor, columns: torch.Tensor) -> tuple[int, ...] | None:
+    """Which row of a tensor lies in each of a region's, from the row and the column of every element of it.
+
+    None where the region's rows are not such of the tensor, or a stretch of them.
+    """
+    order = rows.reshape(len(rows), -1)[:, 0]
+    along_the_first = bool((rows == order.reshape(-1, *[1] * (rows.ndim - 1))).all() and (columns == columns[:1]).all())
+    if not along_the_first or len(order) == 1 or bool((order.diff() == 1).all()):
+        return None
+    return tuple(order.tolist())
 
 
 def replay(ops: tuple, tensor: torch.Tensor) -> torch.Tensor:

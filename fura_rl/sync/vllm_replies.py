@@ -84,12 +84,19 @@ def kernel_of(live: LiveModel, module_name: str) -> Callable[[torch.Tensor], tor
 
 
 @functools.lru_cache(maxsize=1024)
-def features_in(spans: tuple[Span, ...], rows: Span, first: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
+def features_in(
+    spans: tuple[Span, ...], rows: Span, first: int, row_order: tuple[int, ...] | None
+) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Which of the output features `spans` are among `rows` (a mask), where those lie in a kernel's output, in which
-    `rows` begin at `first`, and whether that is every one of them."""
+    `rows`, or those of `row_order`, begin at `first`, and whether that is every one of them."""
     features = row_index(spans, torch.device("cpu"))
-    here = (features >= rows[0]) & (features < rows[1])
-    return here, features[here] - rows[0] + first, bool(here.all())
+    if row_order is None:
+        here = (features >= rows[0]) & (features < rows[1])
+        return here, features[here] - rows[0] + first, bool(here.all())
+    places = {feature: place for place, feature in enumerate(row_order, start=first)}
+    found = torch.tensor([places.get(feature, -1) for feature in features.tolist()])
+    here = found >= 0
+    return here, found[here], bool(here.all())
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,7 @@ class KernelOutputs:
                 if key is None:
                     break
                 first = region.offset // region.stride[0]  # output features lie in the order of the rows
-                places = features_in(spans, region.rows, first)
+                places = features_in(spans, region.rows, first, region.row_order)
                 covered = audit.covered_by(region.columns, region.total_columns)
                 pieces.append(Piece(key, *places, covered, self._eps[module_name]))
         return pieces

@@ -19,6 +19,7 @@ from fura_rl.finite import all_finite
 from fura_rl.sync import probe
 from fura_rl.sync.audit import KernelAudit
 from fura_rl.sync.audit_schedule import AuditSchedule
+from fura_rl.sync.checkpoint_names import CheckpointNames
 from fura_rl.sync.engine import LazyFactors, Push, RolloutEngine, Update
 from fura_rl.sync.factors import Factors
 from fura_rl.sync.fingerprint import Sample, base_sample
@@ -33,8 +34,8 @@ from fura_rl.sync.update_watch import UpdateWatch
 
 logger = logging.getLogger(__name__)
 
-# Of block matrices that are made at once, so many bytes at most: on a CPU few, since to bring larger ones together costs
-# more than it saves, elsewhere less than the weights of a layer.
+# Of block matrices that are made at once, so many bytes at most: on a CPU few, since to bring larger ones together
+# costs more than it saves, elsewhere less than the weights of a layer.
 BATCH_BYTES = 32 * 2**20
 CPU_BATCH_BYTES = 2**17
 
@@ -142,6 +143,7 @@ class WeightSync:
         self._begun: set[str] = set()  # weights of the last delivery whose making, and gathering, has begun
         self._alike: dict[str, list[CheckpointWeight]] = {}  # weight of a delivery -> those made with it
         self._ahead: dict[str, Factors] = {}  # made with another one, and not yet asked for
+        self._names = CheckpointNames(model)
         self.weights = self._current_weights()
         if mode == "factored":
             refuse_without_small_form(self.weights.values())
@@ -170,8 +172,8 @@ class WeightSync:
         return self.version
 
     def _current_weights(self) -> dict[str, CheckpointWeight]:
-        """By name; looked up anew at every sync, since sharding a model replaces its parameters."""
-        return {weight.name: weight for weight in checkpoint_weights(self.model)}
+        """By name in the checkpoint; looked up anew at every sync, since sharding a model replaces its parameters."""
+        return self._names.named(checkpoint_weights(self.model))
 
     def _base_samples(self) -> dict[str, Sample]:
         """A few numbers of every base weight at hand, which the engine's own must have as well: what is adapted is
