@@ -43,7 +43,9 @@ class MathScriptArguments(ScriptArguments):
     )
     adapter_target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Modules to adapt; default: the seven projections q, k, v, o, gate, up, down."},
+        metadata={
+            "help": "Modules to adapt, or all-linear; default: the seven projections q, k, v, o, gate, up, down."
+        },
     )
     reward_funcs: list[str] = field(
         default_factory=lambda: ["math_reward"],

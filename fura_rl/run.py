@@ -18,8 +18,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProgressCallbac
 from trl import ModelConfig, get_quantization_config
 
 from fura_rl import checkpoint, report, serve
-from fura_rl.adapters.fura_tuner import PAPER_TARGETS
-from fura_rl.adapters.registry import check_method, find_method, own_settings, peft_config_for, trained_parameters
+from fura_rl.adapters.registry import (
+    check_method,
+    find_method,
+    own_settings,
+    peft_config_for,
+    target_names,
+    trained_parameters,
+)
 from fura_rl.config import QUICKSTART, RunArguments, resolve_model
 from fura_rl.data import digest_of, load_splits, pick_split, prepare
 from fura_rl.evaluation.held_out import HeldOut
@@ -211,7 +217,7 @@ def train_as_the_method_asks(trainer: FuraGRPOTrainer, arguments: RunArguments) 
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     if method.freeze is not None:
-        method.freeze(policy, script.adapter_target_modules or list(PAPER_TARGETS))
+        method.freeze(policy, target_names(script.adapter_target_modules, policy))
     if method.optimizer is not None:
         settings = own_settings(script.adapter, arguments.model, script.adapter_kwargs)
         trainer.optimizer_cls_and_kwargs = method.optimizer(trainer.args, settings)

@@ -90,6 +90,16 @@ def test_nearest_agrees_with_looking_at_every_value(grows):
         assert abs(count(found) - budget) == min(abs(count(value) - budget) for value in values)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_all_linear_is_every_linear_layer_but_the_output_head_for_every_method(name):
+    """Which the seven projections of the default are in this model."""
+    everything = ["all-linear"]  # as the command line gives it
+    assert count_trained(name, CONFIG, ModelConfig(), everything) == count_trained(name, CONFIG, ModelConfig())
+    assert match_budget(name, 10**4, CONFIG, ModelConfig(), everything) == match_budget(
+        name, 10**4, CONFIG, ModelConfig()
+    )
+
+
 def test_methods_without_a_budget_are_left_alone():
     for name in ("full", "svd", "fura", "lora_full"):
         assert match_budget(name, 10, CONFIG, ModelConfig()) == {}

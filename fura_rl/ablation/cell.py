@@ -102,7 +102,7 @@ def distance_to_base(run: Any, samples: RunFolder) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     from fura_rl.ablation.diagnostics import divergence, sampled_tokens, update_summary
-    from fura_rl.adapters.fura_tuner import PAPER_TARGETS
+    from fura_rl.adapters.registry import target_names
     from fura_rl.config import resolve_model
 
     trainer, arguments = run.trainer, run.arguments
@@ -113,7 +113,7 @@ def distance_to_base(run: Any, samples: RunFolder) -> dict[str, Any]:
     prompts, completions = sampled_tokens(samples.samples(), run.tokenizer)
     with trainer.accelerator.autocast():
         kl = divergence(policy, base, prompts, completions)
-    targets = arguments.script.adapter_target_modules or PAPER_TARGETS
+    targets = target_names(arguments.script.adapter_target_modules, base)
     return {"divergence": asdict(kl), "update": update_summary(policy, base.state_dict(), targets)}
 
 

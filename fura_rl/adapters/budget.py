@@ -15,8 +15,7 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from fura_rl.adapters.fura_tuner import PAPER_TARGETS
-from fura_rl.adapters.registry import find_method, peft_config_for, trained_parameters
+from fura_rl.adapters.registry import find_method, peft_config_for, target_names, trained_parameters
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -40,7 +39,7 @@ def count_trained(
         model = AutoModelForCausalLM.from_config(copy.deepcopy(model_config))
         policy = model if config is None else get_peft_model(model, config)
         if method.freeze is not None:
-            method.freeze(policy, target_modules or list(PAPER_TARGETS))
+            method.freeze(policy, target_names(target_modules, policy))
     return trained_parameters(policy, name, model_args, adapter_kwargs)
 
 
@@ -67,18 +66,19 @@ def match_budget(
             name, model_config, model_args, target_modules, {**(adapter_kwargs or {}), capacity: value}
         )
 
-    values = capacity_values(capacity, model_config, target_modules or list(PAPER_TARGETS))
+    values = capacity_values(capacity, model_config, target_modules)
     return given | {capacity: nearest(values, count, budget, find_method(name).capacity_grows)}
 
 
-def capacity_values(capacity: str, model_config: PreTrainedConfig, target_modules: list[str]) -> list[int]:
+def capacity_values(capacity: str, model_config: PreTrainedConfig, target_modules: list[str] | None) -> list[int]:
     """The values that a capacity may take on this model, ascending."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(model_config))
+    targets = target_names(target_modules, model)
     shapes = [
         tuple(module.weight.shape)
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in target_modules
+        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in targets
     ]
     if capacity == "oft_block_size":  # blocks of one size must tile every layer's input
         common = math.gcd(*(columns for _, columns in shapes))

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import peft
 from peft import PeftConfig, PromptLearningConfig
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from torch import nn
 
 from fura_rl.adapters.fura_tuner import PAPER_TARGETS
 from fura_rl.adapters.methods import (
@@ -33,7 +35,6 @@ from fura_rl.adapters.methods import (
 from fura_rl.adapters.methods.method import AdapterMethod
 
 if TYPE_CHECKING:
-    from torch import nn
     from trl import ModelConfig
 
 METHODS: dict[str, AdapterMethod] = {
@@ -113,10 +114,21 @@ def peft_config_for(
     known = {f.name for f in dataclasses.fields(method.config_class) if f.init}
     settings: dict[str, Any] = {"task_type": "CAUSAL_LM"}
     if "target_modules" in known:
-        settings["target_modules"] = target_modules or list(PAPER_TARGETS)
+        every_linear = target_modules == [INCLUDE_LINEAR_LAYERS_SHORTHAND]  # which PEFT takes as a word of its own only
+        settings["target_modules"] = target_modules[0] if every_linear else target_modules or list(PAPER_TARGETS)
     settings |= method.settings(model_args) | (adapter_kwargs or {})
     refuse_unknown(settings, known, method.config_class.__name__)
     return method.config_class(**settings)
+
+
+def target_names(target_modules: list[str] | None, model: nn.Module) -> list[str]:
+    """The names of the modules to adapt: those given, by default the paper's; of `all-linear` every linear layer's of
+    `model` but its output head's, as in PEFT."""
+    if target_modules != [INCLUDE_LINEAR_LAYERS_SHORTHAND]:
+        return target_modules or list(PAPER_TARGETS)
+    head = model.get_output_embeddings()
+    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    return sorted({name.rpartition(".")[2] for name in linear})
 
 
 def own_settings(name: str, model_args: ModelConfig, adapter_kwargs: dict[str, Any] | None) -> dict[str, Any]:
