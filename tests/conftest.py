@@ -15,7 +15,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -25,6 +25,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 # One tolerance per dtype: the largest relative error of a weight or an output that rounding explains here.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+if TYPE_CHECKING:
+    from fura_rl.sync.weight_sync import SyncReport, WeightSync
+
 PARITY_NATS = 1e-5  # engine against trainer, float32
 
 
@@ -121,6 +124,12 @@ def make_moe_checkpoint(folder: Path) -> Path:
     return folder
 
 
+def make_pythia_checkpoint(folder: Path) -> Path:
+    """Its q, k and v lie head by head, and its output head has another name than in transformers."""
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4}
+    return make_random_checkpoint(folder, "gpt_neox", noise=0.06, **sizes)
+
+
 @pytest.fixture(scope="session")
 def tied_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_checkpoint(tmp_path_factory.mktemp("tied"), tied=True)
@@ -195,3 +204,18 @@ def perturb_trained(model: torch.nn.Module, scale: float, seed: int) -> None:
         if parameter.requires_grad:
             size = parameter.abs().mean().clamp_min(0.02)
             parameter.add_(scale * size * torch.randn(parameter.shape, generator=generator).to(parameter))
+
+
+def check_that_two_updates_arrive(sync: WeightSync, scale: float, *, everything: bool = False) -> SyncReport:
+    """Twice an optimizer step's stand-in and a sync, of which the engine must move where the policy does.
+
+    `sync` probes every sync; with `everything` the first sends unadapted weights too.  Returns the last one's report.
+    """
+    for step in range(2):
+        before = sync.engine.prompt_logprobs(sync.proof.token_ids)
+        perturb_trained(sync.model, scale, seed=step)
+        report = sync.sync(everything=everything and step == 0)
+        assert report.probe_max_gap < PARITY_NATS
+        moved = (sync.engine.prompt_logprobs(sync.proof.token_ids) - before).abs().max()
+        assert moved > 100 * PARITY_NATS, "it must move"
+    return report

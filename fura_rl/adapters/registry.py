@@ -114,18 +114,24 @@ def peft_config_for(
     known = {f.name for f in dataclasses.fields(method.config_class) if f.init}
     settings: dict[str, Any] = {"task_type": "CAUSAL_LM"}
     if "target_modules" in known:
-        every_linear = target_modules == [INCLUDE_LINEAR_LAYERS_SHORTHAND]  # which PEFT takes as a word of its own only
-        settings["target_modules"] = target_modules[0] if every_linear else target_modules or list(PAPER_TARGETS)
+        settings["target_modules"] = peft_targets(target_modules)
     settings |= method.settings(model_args) | (adapter_kwargs or {})
     refuse_unknown(settings, known, method.config_class.__name__)
     return method.config_class(**settings)
 
 
+def peft_targets(target_modules: list[str] | None) -> list[str] | str:
+    """The modules to adapt as a PEFT config takes them: those given, by default the paper's; `all-linear` is a word."""
+    targets = target_modules or list(PAPER_TARGETS)
+    return targets[0] if targets == [INCLUDE_LINEAR_LAYERS_SHORTHAND] else targets
+
+
 def target_names(target_modules: list[str] | None, model: nn.Module) -> list[str]:
-    """The names of the modules to adapt: those given, by default the paper's; of `all-linear` every linear layer's of
-    `model` but its output head's, as in PEFT."""
-    if target_modules != [INCLUDE_LINEAR_LAYERS_SHORTHAND]:
-        return target_modules or list(PAPER_TARGETS)
+    """The names of the modules to adapt; of `all-linear` every linear layer's of `model` but its output head's, as in
+    PEFT."""
+    targets = peft_targets(target_modules)
+    if targets != INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        return targets
     head = model.get_output_embeddings()
     linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
     return sorted({name.rpartition(".")[2] for name in linear})

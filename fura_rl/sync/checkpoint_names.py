@@ -39,17 +39,15 @@ class CheckpointNames:
         self._stacks = {}
         for converter in conversions:
             if isinstance(converter, WeightConverter):
-                of_each = tuple(
-                    pattern.removesuffix(".weight").rpartition(".")[2] for pattern in converter.source_patterns
-                )
-                for pattern in converter.target_patterns:
-                    self._stacks[pattern.rpartition(".")[2]] = STACKS.get(of_each)
+                of_each = tuple(last_name(pattern.removesuffix(".weight")) for pattern in converter.source_patterns)
+                if of_each in STACKS:
+                    self._stacks |= {last_name(pattern): STACKS[of_each] for pattern in converter.target_patterns}
 
     def __call__(self, name: str) -> str:
         for renaming in self._back:
             name, _ = renaming.rename_source_key(name)
         module, _, last = name.rpartition(".")
-        return f"{module}.{self._stacks.get(last) or last}" if module else name
+        return f"{module}.{self._stacks.get(last, last)}" if module else name
 
     def named(self, weights: Iterable[CheckpointWeight]) -> dict[str, CheckpointWeight]:
         """`weights` under their names in the checkpoint."""
@@ -58,3 +56,7 @@ class CheckpointNames:
             name = self(weight.name)
             found[name] = weight if name == weight.name else replace(weight, name=name, own_name=weight.name)
         return found
+
+
+def last_name(path: str) -> str:
+    return path.rpartition(".")[2]
