@@ -48,6 +48,18 @@ CASES = {
     "oft": ("oft", {"oft_block_size": 16, "r": 0}),
     "full": ("full", None),
 }
+# of a mixture of experts
+STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+EXPERT_CASES = {
+    "experts": ("lora", {"lora_dropout": 0.0, "target_modules": ["q_proj"], "target_parameters": STACKS}),
+    "full-experts": ("full", None),
+}
+# Where a last sync leaves rows of one weight as they were: the weight, and which part of its rows, the last, they are.
+LEFT_BEHIND = {
+    "full": ("layers.0.self_attn.q_proj.weight", 2),
+    "experts": ("layers.1.mlp.experts.gate_up_proj", 8),
+    "full-experts": ("layers.1.mlp.experts.gate_up_proj", 8),
+}
 
 
 def even_letters(completions: list[Any], **_: Any) -> list[float]:
@@ -75,8 +87,8 @@ def gathers_of(parameters: list[torch.Tensor]) -> Iterator[list[tuple[int, ...]]
 
 
 def policy_of(case: str, model: str) -> torch.nn.Module:
-    """One of CASES on the checkpoint `model`, away from its start, where LoRA's factors hide each other's gradient."""
-    adapter, options = CASES[case]
+    """A case on the checkpoint `model`, away from its start, where LoRA's factors hide each other's gradient."""
+    adapter, options = (CASES | EXPERT_CASES)[case]
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     config = peft_config_for(adapter, ModelConfig(), None, options)
     policy = base if config is None else get_peft_model(base, config)
@@ -102,8 +114,8 @@ def train_and_sync(accelerator: Accelerator, case: str, model: str, url: str) ->
     }
     if accelerator.is_main_process:
         result |= served(sync)
-    if case == "full":
-        result["stale"] = error_of_rows_that_did_not_arrive(accelerator, policy, sync)
+    if case in LEFT_BEHIND:
+        result["stale"] = error_of_rows_that_did_not_arrive(accelerator, policy, sync, *LEFT_BEHIND[case])
     result["non-finite"] = error_of_a_nan_in_the_last_process(accelerator, policy, sync)
     if accelerator.is_main_process:
         engine.close()
@@ -153,21 +165,26 @@ def served(sync: WeightSync) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def error_of_rows_that_did_not_arrive(accelerator: Accelerator, policy: torch.nn.Module, sync: WeightSync) -> str:
-    """One more sync, in which rows of one weight stay as they were: those of process 1 where it holds its own, else
+def error_of_rows_that_did_not_arrive(
+    accelerator: Accelerator, policy: torch.nn.Module, sync: WeightSync, ending: str, part: int
+) -> str:
+    """One more sync, in which rows of one weight stay as they were: some of process 1's where it holds its own, else
     all."""
-    name = next(name for name in sync.weights if name.endswith("q_proj.weight"))
-    before = sync.weights[name].value().clone()
-    first = len(before) // 2 if is_piece(sync.weights[name].parameter) else 0
+    name = next(name for name in sync.weights if name.endswith(ending))
+    before = {key: tensor.clone() for key, tensor in sync.weights[name].factors().tensors.items()}
+    sharded = is_piece(sync.weights[name].parameter)
     for parameter in policy.parameters():
-        local(parameter).mul_(1.01)
+        if parameter.requires_grad:
+            local(parameter).mul_(1.01)
     push = sync.engine.push
 
     def push_the_rest(update: Update) -> Push:
         factors = dict(update.factors)
-        weight = factors[name].tensors["weight"].clone()
-        weight[first:] = before[first:]
-        return push(replace(update, factors=factors | {name: Factors("dense", {"weight": weight})}))
+        tensors = {key: tensor.clone() for key, tensor in factors[name].tensors.items()}
+        for key, tensor in tensors.items():
+            first = len(tensor) - len(tensor) // part if sharded else 0
+            tensor[first:] = before[key][first:]
+        return push(replace(update, factors=factors | {name: Factors(factors[name].rule, tensors)}))
 
     if accelerator.is_main_process:
         sync.engine.push = push_the_rest

@@ -276,24 +276,20 @@ def trainer_of_experts(transport, folder, config):
 
 
 def check_a_mixture_of_experts_follows(transport, folder, config):
-    with trainer_of_experts(transport, folder, config) as (policy, engine, sync):
+    with trainer_of_experts(transport, folder, config) as (_, _, sync):
         report = check_that_two_updates_arrive(sync, 0.1)
         assert report.audit_gain_min == pytest.approx(1.0, abs=0.02)
+        assert report.payload_bytes < 0.4 * report.dense_bytes, "small factors, of experts too"
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_mixture_of_experts_in_another_process_follows_one_trainer_after_another(workers, tmp_path):
-    """The last of them would leave the experts of the one before, which the checkpoint does not hold stacked."""
+    """The experts of the one before are the checkpoint's again for the next."""
     folder = make_moe_checkpoint(tmp_path / "moe")
     attention = peft_config_for("fura", ModelConfig(), ATTENTION, None)
     with running(folder, workers=workers) as transport:
-        for config in (attention, EXPERTS):
+        for config in (attention, EXPERTS, attention):
             check_a_mixture_of_experts_follows(transport, folder, config)
-        refused = pytest.raises(
-            RemoteSyncError, match=r"experts\.down_proj.* 4 weights are still those of another trainer"
-        )
-        with trainer_of_experts(transport, folder, attention) as (_, _, sync), refused:
-            sync.sync()
 
 
 def check_an_fp8_engine_follows(transport, folder):

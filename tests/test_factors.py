@@ -10,7 +10,7 @@ from fura_rl.sync import factors, payload
 from fura_rl.sync.factors import RULES, Factors, cut_to_rows, fold_slice, stacked
 from fura_rl.sync.fold import BaseSlices, checkpoint_weights
 
-OUT, IN, BLOCK, RANK = 48, 64, 8, 4
+OUT, IN, BLOCK, RANK, EXPERTS = 48, 64, 8, 4, 3
 
 
 def make_factors(rule):
@@ -21,6 +21,8 @@ def make_factors(rule):
         "down": (RANK, IN),
         "scale": (OUT,),
     }
+    if rule == "stacked_low_rank":
+        shapes |= {"up": (EXPERTS, OUT // EXPERTS, RANK), "down": (EXPERTS, RANK, IN)}
     return Factors(rule, {name: torch.randn(shapes[name]) for name in RULES[rule].names})
 
 

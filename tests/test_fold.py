@@ -24,7 +24,14 @@ from peft import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 from trl import ModelConfig
 
 from fura_rl.adapters.fura_config import FuraConfig
@@ -410,7 +417,47 @@ def test_a_16_bit_fold_is_the_exact_one_rounded_once(untied_checkpoint, name, dt
 def test_the_table_of_small_forms_is_covered_by_the_contract():
     layers = {type(form).__name__ for form, _ in FOLDS.values()}
     assert len(SMALL_FORMS) <= len(layers)
-    assert {rule for _, rule in FOLDS.values()} == set(RULES)
+    assert {rule for _, rule in FOLDS.values()} | {"stacked_low_rank"} == set(RULES)
+
+
+@pytest.mark.parametrize("active", [["default"], ["default", "second"]])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])  # of stacks (experts, out, in) and (experts, in, out)
+def test_lora_of_stacked_experts_is_folded_as_it_computes(family, active):
+    sizes = {
+        "num_hidden_layers": 1,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+    }
+    experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = CONFIG_MAPPING[family](vocab_size=64, intermediate_size=16, **sizes, **experts)
+    plain = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in plain.parameters():
+        parameter.data.normal_(std=0.5)
+    stacks = [f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    lora = LoraConfig(r=4, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    policy = get_peft_model(copy.deepcopy(plain), lora).eval()
+    policy.add_adapter("second", lora)
+    policy.base_model.set_adapter(active)
+    perturb_trained(policy, 1.0, seed=0)
+    weights = {weight.name: weight for weight in checkpoint_weights(policy) if weight.layer is not None}
+    assert list(weights) == stacks
+    ids = torch.randint(5, 60, (2, 12))
+    expected = policy(input_ids=ids).logits
+    assert relative_error(plain(input_ids=ids).logits, expected) > 1e-2, "the adapter must change the policy"
+    for name, weight in weights.items():
+        base, factors = plain.get_parameter(name).detach(), weight.factors()
+        assert factors.rule == "stacked_low_rank"
+        whole = fold(base, weight.layer)
+        assert torch.equal(weight.parameter, base), "out of place"
+        rows, columns = (5, 2 * base.shape[1] + 3), (4, 13)  # from within one expert to within another
+        part = torch.empty(rows[1] - rows[0], columns[1] - columns[0])
+        fold_slice(weight.read(), factors, rows, columns, part)
+        assert relative_error(part, whole.flatten(0, 1)[slice(*rows), slice(*columns)]) < TOLERANCE[torch.float32]
+        assert torch.equal(weight.local_value(), whole.flatten(0, 1))
+        plain.get_parameter(name).data.copy_(whole)
+    assert relative_error(plain(input_ids=ids).logits, expected) < TOLERANCE[torch.float32]
 
 
 def test_a_vector_is_sent_whole():

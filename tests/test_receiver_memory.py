@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fura_rl.sync import payload
-from fura_rl.sync.factors import Factors
+from fura_rl.sync.factors import Factors, as_matrix
 from fura_rl.sync.receiver import Receiver
 
 
@@ -58,7 +58,7 @@ WEIGHTS = {f"model.layers.{i}.mlp.up_proj.weight": torch.randn(8, 8) for i in ra
 
 def commit(receiver, owner, weights, version, known=WEIGHTS):
     receiver.claim(owner, 30.0, {name: tuple(weight.shape) for name, weight in known.items()}, {})
-    updates = {name: Factors("dense", {"weight": weight}) for name, weight in weights.items()}
+    updates = {name: Factors("dense", {"weight": as_matrix(weight)}) for name, weight in weights.items()}
     [chunk] = payload.encode(updates, torch.float32)
     receiver.stage(owner, version, None, 0, chunk.data, chunk.checksum)
     receiver.commit(owner, version, 1)

@@ -11,7 +11,7 @@ from vllm import SamplingParams
 
 from fura_rl.adapters.fura_tuner import fura_layers
 from fura_rl.adapters.registry import METHODS, peft_config_for
-from fura_rl.sync import audit_schedule, probe, update_watch, weight_sync
+from fura_rl.sync import audit_schedule, checkpoint_names, probe, update_watch, weight_sync
 from fura_rl.sync.audit import KernelAudit
 from fura_rl.sync.audit_schedule import AuditSchedule
 from fura_rl.sync.base_weights import BaseWeights
@@ -502,12 +502,12 @@ def test_the_base_weight_before_the_adapter_moved_it_is_read_where_the_policy_is
     assert sync._checkpoint_read(sync._current_weights()[name])((0, 8), (0, 8)).device.type == "meta"
 
 
-@pytest.mark.parametrize(
-    ("adapted", "sent"),
-    [("mlp.experts.down_proj", {"mlp.experts.down_proj", "mlp.experts.gate_up_proj"}), ("mlp.gate.weight", set())],
-)
-def test_beside_an_adapted_stack_of_experts_go_the_others_of_its_module(adapted, sent):
-    """An engine that folds from its own checkpoint could not read them: there experts lie one by one."""
+@pytest.mark.parametrize("adapted", ["mlp.experts.down_proj", "mlp.gate.weight"])
+@pytest.mark.parametrize("known", [True, False])
+def test_beside_an_adapted_stack_of_experts_of_unknown_form_go_the_others_of_its_module(adapted, known, monkeypatch):
+    """An engine that folds from its own checkpoint could not read them."""
+    if not known:
+        monkeypatch.setattr(checkpoint_names, "NAMES_OF_STACKS", {})
     config = Qwen3MoeConfig(
         hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2, vocab_size=64,
@@ -521,9 +521,13 @@ def test_beside_an_adapted_stack_of_experts_go_the_others_of_its_module(adapted,
             return super().push(update)
 
     WeightSync(get_peft_model(Qwen3MoeForCausalLM(config), adapter), Listener(torch.float32), PROBE).sync()
-    assert set(updates[0].factors) == {
-        f"model.layers.{layer}.{name}" for layer in range(2) for name in {"self_attn.q_proj.weight", adapted, *sent}
+    whole = {"mlp.experts.down_proj", "mlp.experts.gate_up_proj"} if not known and "experts" in adapted else set()
+    factors = updates[0].factors
+    assert set(factors) == {
+        f"model.layers.{layer}.{name}" for layer in range(2) for name in {"self_attn.q_proj.weight", adapted, *whole}
     }
+    dense = {name for name in factors if factors[name].rule == "dense"}
+    assert dense == {f"model.layers.{layer}.{name}" for layer in range(2) for name in whole}
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 transformers 5 loads some models under other names than their checkpoints hold (a Pythia's `embed_out` as `lm_head`, a
 Mixtral's `block_sparse_moe` as `mlp`) and puts the checkpoint's back when it saves.  What it stacks of experts that the
-checkpoint holds one by one stays a stack, for which vLLM's loaders have names of their own.
+checkpoint holds one by one stays a stack, for which vLLM's loaders have names of their own, and which an engine puts
+together again from its checkpoint (`base_weights.PARTS_OF_STACKS`).
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
 
+from fura_rl.sync.base_weights import PARTS_OF_STACKS
 from fura_rl.sync.fold import CheckpointWeight
 
-# vLLM's names of stacks by the names of the matrices that a checkpoint has for each expert: read in vLLM 0.31,
-# `RoutedExperts.build_expert_params_mapping`.  Where they are gate_proj, up_proj and down_proj, transformers' fit.
-STACKS = {("w1", "w3"): "w13", ("w2",): "w2"}
+# of the matrices that a checkpoint has for each expert -> of their stack
+NAMES_OF_STACKS = {parts: name for name, parts in PARTS_OF_STACKS.items()}
 
 
 class CheckpointNames:
@@ -36,12 +37,16 @@ class CheckpointNames:
         # a prefix is there or not, as the checkpoint was of a whole model or of its base: vLLM's loaders take both
         renamings = [c for c in conversions if isinstance(c, WeightRenaming) and not isinstance(c, PrefixChange)]
         self._back = [renaming.reverse_transform() for renaming in reversed(renamings)]
-        self._stacks = {}
+        self._stacks: dict[str, str] = {}  # transformers' name -> vLLM's
+        self._held_otherwise: set[str] = set()  # what transformers makes of other matrices
         for converter in conversions:
             if isinstance(converter, WeightConverter):
                 of_each = tuple(last_name(pattern.removesuffix(".weight")) for pattern in converter.source_patterns)
-                if of_each in STACKS:
-                    self._stacks |= {last_name(pattern): STACKS[of_each] for pattern in converter.target_patterns}
+                made = {last_name(pattern) for pattern in converter.target_patterns}
+                if of_each in NAMES_OF_STACKS:
+                    self._stacks |= dict.fromkeys(made, NAMES_OF_STACKS[of_each])
+                else:
+                    self._held_otherwise |= made
 
     def __call__(self, name: str) -> str:
         for renaming in self._back:
@@ -54,7 +59,10 @@ class CheckpointNames:
         found = {}
         for weight in weights:
             name = self(weight.name)
-            found[name] = weight if name == weight.name else replace(weight, name=name, own_name=weight.name)
+            otherwise = len(weight.shape) == 3 and last_name(weight.name) in self._held_otherwise
+            if name != weight.name or otherwise:
+                weight = replace(weight, name=name, own_name=weight.name, held_otherwise=otherwise)
+            found[name] = weight
         return found
 
 

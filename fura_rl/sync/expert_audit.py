@@ -9,7 +9,8 @@ So does one that tensor-parallel workers share, since their gated parts can be j
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,26 +21,32 @@ from torch.func import functional_call
 from fura_rl.sync.audit import ROUNDINGS_PER_UPDATE, VECTORS, probe_vectors, sample_spans, tokens_of_experts
 from fura_rl.sync.factors import Span, row_index
 from fura_rl.sync.fold import CheckpointWeight, pristine_weight
-from fura_rl.sync.sharding import is_piece
+from fura_rl.sync.sharding import is_cut_by_rows, is_piece, local
 
 ROUNDINGS = 3 * ROUNDINGS_PER_UPDATE  # a 16-bit kernel rounds gate and up, their product, and the output
 
 
 @dataclass(frozen=True)
 class ExpertLayer:
-    """The stacked experts of one layer, `module`, and their `weights`; `name` as in the checkpoint."""
+    """The stacked experts of one layer, `module`, and their `weights`; `name` as in the checkpoint.
+
+    Of experts that are cut up over processes each looks at those that it holds, `experts`, which may be none.
+    """
 
     name: str
     module: nn.Module
     weights: tuple[CheckpointWeight, ...]
 
     @property
-    def expert_count(self) -> int:
-        return self.weights[0].shape[0]
+    def experts(self) -> Span:
+        weight = self.weights[0]
+        each = weight.matrix_shape[0] // weight.shape[0]
+        first, last = weight.local_rows
+        return first // each, last // each
 
     @property
     def names(self) -> list[str]:
-        return [f"{self.name}.{expert}" for expert in range(self.expert_count)]
+        return [f"{self.name}.{expert}" for expert in range(*self.experts)]
 
     @property
     def width(self) -> int:
@@ -53,35 +60,47 @@ class ExpertLayer:
 
     @torch.no_grad()
     def replies(self, dtype: torch.dtype) -> torch.Tensor:
-        """(experts, VECTORS, features): what a kernel must compute that holds these weights in `dtype`."""
-        return self._replies({w.parameter_name: w.value().to(dtype).float() for w in self.weights})
+        """(experts, VECTORS, features): what a kernel must compute that holds these weights in `dtype`.
+
+        Collective where the experts are cut up.
+        """
+        return self._replies([weight.local_value().to(dtype) for weight in self.weights])
 
     @torch.no_grad()
     def base_replies(self) -> torch.Tensor | None:
         """The same of the base weights; None where training has overwritten them."""
         if any(weight.trained and weight.layer is None for weight in self.weights):
             return None
-        return self._replies({w.parameter_name: pristine_weight(w).float() for w in self.weights})
+        return self._replies([local(pristine_weight(weight)) for weight in self.weights])
 
-    def _replies(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        device = next(iter(tensors.values())).device
+    def _replies(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        first, last = self.experts
+        if first == last:
+            return torch.empty(0)
+        tensors = {
+            weight.parameter_name: value.view(last - first, *weight.shape[1:]).float()
+            for weight, value in zip(self.weights, values, strict=True)
+        }
+        device = values[0].device
         vectors = probe_vectors(self.width, device)
-        tokens, routes = tokens_of_experts(vectors, range(self.expert_count))
-        weights = torch.ones(len(tokens), 1, device=device)
-        output = functional_call(self.module, tensors, (tokens, routes, weights))
+        tokens, routes = tokens_of_experts(vectors, range(last - first))
+        module = copy.copy(self.module)
+        module.num_experts = last - first
+        output = functional_call(module, tensors, (tokens, routes, torch.ones(len(tokens), 1, device=device)))
         picked = row_index(tuple(self.spans), device)
-        return output[:, picked].reshape(self.expert_count, VECTORS, -1)
+        return output[:, picked].reshape(last - first, VECTORS, -1)
 
 
 def expert_layers(model: nn.Module, weights: Iterable[CheckpointWeight]) -> Iterator[ExpertLayer]:
-    """Every trained stack of experts that can be called as transformers' experts are, and is held whole."""
+    """Every trained stack of experts that can be called as transformers' experts are, and is cut, if at all, between
+    experts."""
     base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
     stacks: dict[str, list[CheckpointWeight]] = {}
     for weight in weights:
         stacks.setdefault(weight.module_name, []).append(weight)
     for name, stack in stacks.items():
         trained = any(weight.trained and len(weight.shape) == 3 for weight in stack)
-        if not trained or any(is_piece(weight.parameter) for weight in stack):
+        if not trained or not all(is_cut_by_rows(weight.parameter) for weight in stack if is_piece(weight.parameter)):
             continue
         module = base_model.get_submodule(name)
         while isinstance(module, ParamWrapper):

@@ -4,12 +4,14 @@ A `Factors` is a rule and its tensors; the rule turns a slice of the pristine ba
 adapted one, out of place.  The trainer folds with these rules in process, an engine's worker folds with them from its
 own checkpoint, and the audit folds the few rows it looks at: there is one fold.  Knows neither PEFT nor vLLM.
 
-Notation: W (out, in) the pristine base weight, W' the adapted one.
+Notation: W (out, in) the pristine base weight, W' the adapted one.  Of a stack of experts (experts, out, in) W has the
+rows of one expert after another: (experts * out, in).
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -55,6 +57,16 @@ class Rule:
     widen: Callable[[Mapping[str, torch.Tensor], Span, Span], tuple[Span, Span]]
     fold: Callable[[torch.Tensor, Mapping[str, torch.Tensor], Span, Span, torch.Tensor], None]
     by_row: tuple[str, ...] | None
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a tensor of `shape` as the fold sees it; a vector has one column."""
+    return (shape[0], 1) if len(shape) == 1 else (math.prod(shape[:-1]), shape[-1])
+
+
+def as_matrix(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, or of a stack of experts the rows of one after another."""
+    return tensor.flatten(0, -2) if tensor.ndim > 2 else tensor
 
 
 def fold_slice(
@@ -202,6 +214,18 @@ def _fold_low_rank(
         out.copy_(_add_product(base, up, down))
 
 
+def _fold_stacked_low_rank(
+    base: torch.Tensor, tensors: Mapping[str, torch.Tensor], rows: Span, columns: Span, out: torch.Tensor
+) -> None:
+    """W'_e = W_e + up_e down_e; only the experts that the rows touch."""
+    size = tensors["up"].shape[1]
+    for expert in range(rows[0] // size, -(-rows[1] // size)):
+        first, last = max(rows[0], expert * size), min(rows[1], (expert + 1) * size)
+        here = slice(first - rows[0], last - rows[0])
+        own = {part: tensor[expert] for part, tensor in tensors.items()}
+        _fold_low_rank(base[here], own, (first - expert * size, last - expert * size), columns, out[here])
+
+
 def _fold_scaled_low_rank(
     base: torch.Tensor, tensors: Mapping[str, torch.Tensor], rows: Span, columns: Span, out: torch.Tensor
 ) -> None:
@@ -233,7 +257,7 @@ def _add_product(
 
 
 RULES: dict[str, Rule] = {
-    # the weight itself: full fine-tuning, and methods without a small form.  weight: any shape
+    # the weight itself, a matrix or a vector: full fine-tuning, and methods without a small form
     "dense": Rule(("weight",), _same, _fold_dense, ("weight",)),
     # update (n, b, b): FuRA on column blocks (base-relative D), OFT
     "block_columns": Rule(("update",), _widen_columns, _fold_block_columns, ()),
@@ -241,7 +265,9 @@ RULES: dict[str, Rule] = {
     "block_rows": Rule(("update",), _widen_rows, _fold_block_rows, None),
     # up (out, r), down (r, in): LoRA, rsLoRA, PiSSA, OLoRA
     "low_rank": Rule(("up", "down"), _same, _fold_low_rank, ("up",)),
-    # the same and scale (out,): DoRA
+    # up (experts, out, r), down (experts, r, in): LoRA of a stack of experts
+    "stacked_low_rank": Rule(("up", "down"), _same, _fold_stacked_low_rank, None),
+    # as low_rank, and scale (out,): DoRA
     "scaled_low_rank": Rule(("up", "down", "scale"), _same, _fold_scaled_low_rank, ("up", "scale")),
     # up (out, r), down (r, in): HiRA
     "hadamard": Rule(("up", "down"), _same, _fold_hadamard, ("up",)),

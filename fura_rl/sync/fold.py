@@ -20,7 +20,7 @@ from torch import nn
 
 from fura_rl.adapters.fura_layer import FuraLinear
 from fura_rl.adapters.quantized import dequantized_weight, holds_packed_weight
-from fura_rl.sync.factors import Factors, Read, Span, cut_to_rows, fold_slice, row_index
+from fura_rl.sync.factors import Factors, Read, Span, as_matrix, cut_to_rows, fold_slice, matrix_shape, row_index
 from fura_rl.sync.fold_rules import may_move_its_bias, merge_order, small_factors
 from fura_rl.sync.sharding import gathered, is_piece, local, local_rows, whole, whole_shape
 
@@ -30,6 +30,7 @@ class CheckpointWeight:
     """One tensor of the policy, e.g. `model.layers.0.self_attn.q_proj.weight`.
 
     `name` is the policy's own, or, for an engine, that in the checkpoint; `own_name` is then the policy's.
+    `held_otherwise`: the checkpoint has it in a form that is not known to an engine, which cannot read its base value.
     `layer` is the adapter layer that changes it, or None; `trained` says whether training moves its value (folded, or a
     parameter that takes gradients).  `quantized` is the bare quantized layer it belongs to, or None: its value never
     moves, but it is not the 16-bit checkpoint's either.
@@ -40,6 +41,7 @@ class CheckpointWeight:
     layer: BaseTunerLayer | None = None
     quantized: nn.Module | None = None
     own_name: str | None = None
+    held_otherwise: bool = False
 
     @property
     def trained(self) -> bool:
@@ -70,6 +72,11 @@ class CheckpointWeight:
         return whole_shape(self.parameter)
 
     @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Its rows and columns: of a stack of experts the rows of one after another, of a vector one column."""
+        return matrix_shape(self.shape)
+
+    @property
     def holds_the_checkpoints(self) -> bool:
         """Whether its base value is the checkpoint's: neither trained itself, nor quantized, nor rounded to a core."""
         if self.parameter.requires_grad:  # a bias, too, that is trained beside the adapter on its layer
@@ -85,29 +92,47 @@ class CheckpointWeight:
 
     def factors(self) -> Factors:
         """What the engine's copy of the base weight needs to become this tensor; dense where nothing smaller does."""
-        if self.layer is not None and self.quantized is None:
+        if self.layer is not None and self.quantized is None and not self.held_otherwise:
             with gathered(self.layer, but=self.layer.get_base_layer()):
                 small = small_factors(self.layer)
             if small is not None:
                 return small
-        return Factors("dense", {"weight": self.value()})
+        return self.dense_factors()
+
+    def dense_factors(self) -> Factors:
+        return Factors("dense", {"weight": as_matrix(self.value())})
 
     def read(self) -> Read:
         """Slices of the pristine base value, without a copy where it is neither quantized nor sharded."""
-        return BaseSlices(whole(pristine_weight(self)))
+        return BaseSlices(as_matrix(whole(pristine_weight(self))))
 
     @property
     def local_rows(self) -> Span:
-        """The rows of the base value that this process holds; none of a weight whose large core is in pieces."""
+        """The rows of its matrix that this process holds; none of a weight whose large core is in pieces."""
         if not is_piece(self.parameter):
-            return 0, self.shape[0]
+            return 0, self.matrix_shape[0]
         if isinstance(self.layer, FuraLinear) and self.layer.owns_large_core:
             return 0, 0
-        return local_rows(pristine_weight(self))
+        first, last = local_rows(pristine_weight(self))
+        each = math.prod(self.shape[1:-1])
+        return first * each, last * each
 
     def read_local(self) -> BaseSlices:
         """Slices of the pristine base value within `local_rows`, gathered from nobody."""
-        return BaseSlices(local(pristine_weight(self)), self.local_rows[0])
+        return BaseSlices(as_matrix(local(pristine_weight(self))), self.local_rows[0])
+
+    def local_value(self) -> torch.Tensor:
+        """The `local_rows` of the tensor to serve, in float32 or wider where they are folded.  Collective for a sharded
+        adapter; of the base value nothing is gathered, unless the adapter has no small form."""
+        if self.layer is None and self.quantized is None:
+            return as_matrix(local(self.parameter))
+        rows, factors, read = self.local_rows, self.factors(), self.read_local()
+        if factors.rule == "dense":
+            return factors.tensors["weight"][slice(*rows)]
+        dtype = torch.promote_types(read.base.dtype, torch.float32)
+        folded = torch.empty(rows[1] - rows[0], self.matrix_shape[1], dtype=dtype, device=read.base.device)
+        fold_slice(read, factors, rows, (0, self.matrix_shape[1]), folded)
+        return folded
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """The parameters with gradients that its value is made of."""
@@ -126,7 +151,7 @@ class CheckpointWeight:
 
 @dataclass(frozen=True)
 class BaseSlices:
-    """Reads slices of `base`, whose first row is row `first_row` of the weight: a `factors.Read`.
+    """Reads slices of `base`, a matrix or vector whose first row is row `first_row` of the weight: a `factors.Read`.
 
     `start` is what brings `base` to the checkpoint's value, where making the adapter moved it away.
     """
@@ -289,8 +314,8 @@ def fold(base_weight: torch.Tensor, layer: BaseTunerLayer) -> torch.Tensor:
     folded = torch.empty(
         base_weight.shape, dtype=torch.promote_types(base_weight.dtype, torch.float32), device=base_weight.device
     )
-    everything = (0, base_weight.shape[0]), (0, base_weight.shape[1])
-    fold_slice(lambda rows, columns: base_weight[slice(*rows), slice(*columns)], factors, *everything, folded)
+    rows, columns = ((0, size) for size in matrix_shape(base_weight.shape))
+    fold_slice(BaseSlices(as_matrix(base_weight)), factors, rows, columns, as_matrix(folded))
     return folded
 
 

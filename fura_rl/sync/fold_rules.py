@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft.tuners.hira import HiraLayer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.oft.layer import Linear as OFTLinear
 from peft.tuners.oft.layer import OFTLayer
@@ -23,7 +24,7 @@ from fura_rl.adapters.fura_core import FuraCore, updates_together
 from fura_rl.adapters.fura_layer import FuraLinear
 from fura_rl.adapters.quantized import holds_packed_weight
 from fura_rl.sync.factors import Factors, Span
-from fura_rl.sync.sharding import by_rows, is_piece, whole
+from fura_rl.sync.sharding import by_rows, is_piece, whole, whole_shape
 
 
 def fura_factors(layer: FuraLinear, names: list[str]) -> Factors | None:
@@ -70,6 +71,16 @@ def low_rank_product(layer: LoraLayer, names: list[str]) -> dict[str, torch.Tens
     return {"up": up, "down": down}
 
 
+def parameter_lora_factors(layer: ParamWrapper, names: list[str]) -> Factors | None:
+    """LoRA of a bare parameter: of a matrix as of a layer's, of a stack of experts a product for each."""
+    if len(whole_shape(layer.get_param())) == 2:
+        return lora_factors(layer, names)
+    found = [layer.get_delta_factors(name) for name in names]
+    ups = [scaled(_float(up), scaling) for up, _, scaling in found]
+    downs = [_float(down) for _, down, _ in found]
+    return Factors("stacked_low_rank", {"up": torch.cat(ups, dim=2), "down": torch.cat(downs, dim=1)})
+
+
 def scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
     return tensor if factor == 1 else factor * tensor
 
@@ -101,6 +112,7 @@ def oft_factors(layer: OFTLayer, names: list[str]) -> Factors | None:
 
 SMALL_FORMS: dict[type[BaseTunerLayer], Callable[[Any, list[str]], Factors | None]] = {
     FuraLinear: fura_factors,
+    ParamWrapper: parameter_lora_factors,  # a LoraLayer, so it comes first
     LoraLayer: lora_factors,  # LoRA, rsLoRA, PiSSA, OLoRA, DoRA
     HiraLayer: hira_factors,
     OFTLayer: oft_factors,
@@ -116,7 +128,7 @@ def small_factors(layer: BaseTunerLayer) -> Factors | None:
     """
     form = next((form for kind, form in SMALL_FORMS.items() if isinstance(layer, kind)), None)
     names = [name for name in layer.active_adapters if name in layer._get_available_adapters()]
-    if form is None or not names or holds_packed_weight(layer.get_base_layer()) or hasattr(layer, "parameter_name"):
+    if form is None or not names or holds_packed_weight(layer.get_base_layer()):
         return None
     if layer.merged and not isinstance(layer, FuraLinear):
         raise RuntimeError(

@@ -10,7 +10,7 @@ from safetensors.torch import load, save
 from xxhash import xxh3_64_intdigest as checksum_of  # four times as fast as a CRC: whole weights are gigabytes
 
 from fura_rl.finite import all_finite
-from fura_rl.sync.factors import RULES, Factors
+from fura_rl.sync.factors import RULES, Factors, matrix_shape
 
 # glibc maps a buffer of 32 MiB afresh each time, and to fill its new pages takes longer than the copy: smaller chunks
 # are encoded in half the time and decoded in a fifth of it (measured on a CPU)
@@ -102,10 +102,14 @@ def fault_of(name: str, factors: Factors, shapes: Mapping[str, tuple[int, ...]])
     if name not in shapes:
         return "not one of the policy's tensors"
     shape = shapes[name]
-    wanted: dict[str, tuple[int, ...]] = {"weight": shape, "scale": shape[:1]}
+    if factors.rule != "dense" and (factors.rule == "stacked_low_rank") != (len(shape) == 3):
+        return f"{factors.rule} does not fold a weight of {shape}"
+    weight = shape if len(shape) == 1 else matrix_shape(shape)
+    wanted: dict[str, tuple[int, ...]] = {"weight": weight, "scale": shape[:1]}
     if "up" in tensors:
         rank = tensors["up"].shape[-1]
-        wanted |= {"up": (shape[0], rank), "down": (rank, shape[-1])}
+        experts = shape[:-2]  # of a matrix none
+        wanted |= {"up": (*shape[:-1], rank), "down": (*experts, rank, shape[-1])}
     if "update" in tensors:
         cut = shape[1] if factors.rule == "block_columns" else shape[0]
         size = tensors["update"].shape[-1]

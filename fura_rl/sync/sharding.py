@@ -27,6 +27,11 @@ def is_piece(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
 
 
+def is_cut_by_rows(tensor: torch.Tensor) -> bool:
+    """Whether the pieces of `tensor` are rows of it, of which each process knows which it holds."""
+    return isinstance(tensor, DTensor) and any(placement == Shard(0) for placement in tensor.placements)
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The full tensor, without gradient: gathered from the pieces, the same storage where there are none."""
     if hasattr(tensor, "ds_id"):
@@ -96,7 +101,7 @@ def by_rows(tensor: torch.Tensor, compute: Callable[[torch.Tensor, Span], torch.
     Raises:
         PeerFailedError: where `compute` failed in another process.
     """
-    if not isinstance(tensor, DTensor) or not any(placement == Shard(0) for placement in tensor.placements):
+    if not is_cut_by_rows(tensor):
         return compute(whole(tensor), (0, whole_shape(tensor)[0]))
     piece = local(tensor)
     marked = torch.zeros(piece.shape[0], 2, device=piece.device)

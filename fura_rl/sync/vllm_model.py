@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fura_rl.finite import all_finite
-from fura_rl.sync.factors import Factors, Read, fold_slice
+from fura_rl.sync.factors import Factors, Read, fold_slice, matrix_shape
 from fura_rl.sync.vllm_modules import is_in_checkpoint_layout, keeps_a_packed_copy, packs_faster_by_columns, rebuilt
 from fura_rl.sync.vllm_plan import Region, dry_run, make_region, replay
 from fura_rl.sync.vllm_private import check_layout
@@ -156,20 +156,21 @@ def fill(
     Raises:
         OverflowError: where the weight has outgrown float16.
     """
-    out = region.view(parameter)
+    place = out = region.view(parameter)
     if region.row_order is not None:
-        reordered, out = out, out.new_empty(region.rows[1] - region.rows[0], *out.shape[1:])
-    if region.ops:
-        source = read(region.name)(region.rows, region.columns) if factors is None else factors.tensors["weight"]
-        out.copy_(replay(region.ops, source))
-    elif factors is None:
+        out = out.new_empty(region.rows[1] - region.rows[0], *out.shape[1:])
+    elif region.ops:
+        out = out.new_empty(matrix_shape(region.tensor_shape))
+    if factors is None:
         out.copy_(read(region.name)(region.rows, region.columns))
     elif factors.rule == "dense" and out.ndim != 2:
         out.copy_(factors.tensors["weight"][slice(*region.rows)])
     else:
         fold_slice(read(region.name), factors, region.rows, region.columns, out, generator(region.name))
     if region.row_order is not None:
-        reordered.copy_(out[list(region.row_order)])
+        place.copy_(out[list(region.row_order)])
+    elif region.ops:
+        place.copy_(replay(region.ops, out.view(region.tensor_shape)))
     if out.dtype == torch.float16 and not all_finite([out]):
         raise OverflowError(
             f"{region.name}: the weight to serve exceeds {torch.finfo(torch.float16).max:.0f}, the largest number of "

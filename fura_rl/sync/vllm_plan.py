@@ -6,6 +6,7 @@ is recorded.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fura_rl.sync.factors import Span
+from fura_rl.sync.factors import Span, matrix_shape
 
 if TYPE_CHECKING:
     from fura_rl.sync.vllm_model import LiveModel
@@ -24,10 +25,10 @@ class Region:
     """Part of one checkpoint tensor as it lies in one parameter of the engine, in checkpoint layout.
 
     `name[rows, columns]` (transposed where `transposed`) is the strided region of the parameter at `offset`.  A vector
-    has columns (0, 1).  Of a tensor with more dimensions (stacked experts) `rows` is the whole first one, and `ops` are
-    the slices that vLLM's loader cuts out of the tensor.  Where the loader has put rows in another order (GPT-NeoX's
-    and Bloom's q, k and v, head by head in the checkpoint), `rows` are all of them, and `row_order` says which of them
-    lies in each row of the region.
+    has columns (0, 1), a stack of experts the rows of one after another.  Where the loader has put rows in another
+    order (GPT-NeoX's and Bloom's q, k and v, head by head in the checkpoint), `rows` are all of them, and `row_order`
+    says which of them lies in each row of the region.  Where it cuts no rectangle out of a tensor of more dimensions
+    (`tensor_shape`), `rows` and `columns` are all of them, and `ops` are the slices that it cuts.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Region:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     ops: tuple = ()
+    tensor_shape: tuple[int, ...] = ()
     row_order: tuple[int, ...] | None = None
 
     @property
@@ -97,16 +99,9 @@ def make_region(name: str, shape: tuple[int, ...], ops: tuple, scatter: Any) -> 
     The ops are replayed on index tensors: one holds each element's row, one its column, both expanded, so that they
     take no memory.
     """
-    rows = torch.arange(shape[0])
-    columns = torch.zeros(1, dtype=torch.long)
-    if len(shape) == 2:
-        rows, columns = rows[:, None].expand(shape), torch.arange(shape[1])[None].expand(shape)
-    elif len(shape) == 1:
-        columns = columns.expand(shape)
-    else:
-        place = scatter.param_name, scatter.offset, scatter.shape, scatter.stride
-        return Region(name, (0, shape[0]), (0, 1), 1, False, *place, ops)
-    rows, columns = replay(ops, rows), replay(ops, columns)
+    rows, columns = (replay(ops, index) for index in indices(shape))
+    if len(shape) > 2:
+        return region_of_stack(name, shape, ops, scatter, rows, columns)
     row_order = order_of_rows(rows, columns)
     if row_order is not None:
         rows = torch.arange(shape[0]).reshape(-1, *[1] * (rows.ndim - 1)).expand(-1, *rows.shape[1:])
@@ -128,6 +123,37 @@ def make_region(name: str, shape: tuple[int, ...], ops: tuple, scatter: Any) -> 
     return region
 
 
+@functools.lru_cache(maxsize=16)
+def indices(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and column of each element of a tensor of `shape` as a matrix (`factors.as_matrix`), expanded to `shape`."""
+    rows, columns = matrix_shape(shape)
+    if len(shape) == 1:
+        return torch.arange(rows), torch.zeros(1, dtype=torch.long).expand(shape)
+    return torch.arange(rows).view(*shape[:-1], 1).expand(shape), torch.arange(columns).expand(shape)
+
+
+def region_of_stack(
+    name: str, shape: tuple[int, ...], ops: tuple, scatter: Any, rows: torch.Tensor, columns: torch.Tensor
+) -> Region:
+    """The region of a tensor with more than two dimensions, of which the `ops` cut elements of these rows and columns.
+
+    A model has thousands of them, one for each expert: only the strides of the expanded indices are looked at, which
+    are 0 where an index does not change.
+    """
+    place = scatter.param_name, scatter.offset, scatter.shape, scatter.stride
+    if rows.ndim == 2:
+        transposed = rows.stride(0) == 0
+        down, across = (rows.mT, columns.mT) if transposed else (rows, columns)
+        if (down.stride(1), across.stride(0)) == (0, 0) and is_stretch(down[:, 0]) and is_stretch(across[0]):
+            return Region(name, _span(rows), _span(columns), shape[-1], transposed, *place)
+    height, width = matrix_shape(shape)
+    return Region(name, (0, height), (0, width), width, False, *place, ops, shape)
+
+
+def is_stretch(index: torch.Tensor) -> bool:
+    return bool((index.diff() == 1).all())
+
+
 def order_of_rows(rows: torch.Tensor, columns: torch.Tensor) -> tuple[int, ...] | None:
     """Which row of a tensor lies in each of a region's, from the row and the column of every element of it.
 
@@ -135,7 +161,7 @@ def order_of_rows(rows: torch.Tensor, columns: torch.Tensor) -> tuple[int, ...] 
     """
     order = rows.reshape(len(rows), -1)[:, 0]
     along_the_first = bool((rows == order.reshape(-1, *[1] * (rows.ndim - 1))).all() and (columns == columns[:1]).all())
-    if not along_the_first or len(order) == 1 or bool((order.diff() == 1).all()):
+    if not along_the_first or len(order) == 1 or is_stretch(order):
         return None
     return tuple(order.tolist())
 

@@ -173,7 +173,10 @@ class WeightSync:
 
     def _current_weights(self) -> dict[str, CheckpointWeight]:
         """By name in the checkpoint; looked up anew at every sync, since sharding a model replaces its parameters."""
-        return self._names.named(checkpoint_weights(self.model))
+        weights = self._names.named(checkpoint_weights(self.model))
+        if not self.engine.reads_the_trainers_base:
+            return weights
+        return {name: replace(w, held_otherwise=False) if w.held_otherwise else w for name, w in weights.items()}
 
     def _base_samples(self) -> dict[str, Sample]:
         """A few numbers of every base weight at hand, which the engine's own must have as well: what is adapted is
@@ -181,19 +184,22 @@ class WeightSync:
 
         Left out is what no longer has, or never had, the checkpoint's value: fully trained, quantized, or made into a
         large core.  Nothing is lost by that, since an engine serves none of those from its checkpoint: they are sent
-        whole.  Of a policy that holds every linear layer so, the embeddings and norms still tell the base.
+        whole.  Of a policy that holds every linear layer so, the embeddings and norms still tell the base.  Left out,
+        too, are stacks of experts beside which none is trained, which a checkpoint may hold in any form.
         """
         if self.engine.reads_the_trainers_base or self.follows:
             return {}
+        stacks = {weight.module_name for weight in self.weights.values() if weight.trained and len(weight.shape) == 3}
         return {
             name: base_sample(
                 self._checkpoint_read(weight),
                 weight.local_rows,
-                (*weight.shape, 1)[1],
+                weight.matrix_shape[1],
                 moved=weight.read_local() if name in self._starts else None,
             )
             for name, weight in self.weights.items()
-            if len(weight.shape) < 3 and weight.holds_the_checkpoints
+            if weight.holds_the_checkpoints
+            if len(weight.shape) < 3 or (weight.module_name in stacks and not weight.held_otherwise)
             if weight.local_rows[0] < weight.local_rows[1]
         }
 
@@ -264,19 +270,19 @@ class WeightSync:
     def _sent_along(self) -> set[str]:
         """What an engine writes whenever it writes a trained weight, and cannot read from its own checkpoint.
 
-        An engine rebuilds a module whole.  Its checkpoint holds experts one by one, under other names than the stacks
-        of the policy, and in the place of a quantized layer the layer from before.  Which layers an engine makes one
-        module of (q, k, v; gate, up) is its own business: they lie beside each other in one submodule of the policy.
+        An engine rebuilds a module whole.  Its checkpoint holds stacks of experts in a form that it may not know, and
+        in the place of a quantized layer the layer from before.  Which layers an engine makes one module of (q, k, v;
+        gate, up) is its own business: they lie beside each other in one submodule of the policy.
         """
         if self.engine.reads_the_trainers_base:
             return set()
         trained = [weight for weight in self.weights.values() if weight.trained]
-        stacks = {weight.module_name for weight in trained if len(weight.shape) == 3}
+        stacks = {weight.module_name for weight in trained if weight.held_otherwise}
         parents = {parent_of(weight.module_name) for weight in trained}
         return {
             name
             for name, weight in self.weights.items()
-            if weight.module_name in stacks
+            if (weight.held_otherwise and weight.module_name in stacks)
             or (weight.quantized is not None and parent_of(weight.module_name) in parents)
         }
 
@@ -364,7 +370,7 @@ class WeightSync:
 
     def _factors(self, weight: CheckpointWeight) -> Factors:
         if self.mode == "dense":
-            return Factors("dense", {"weight": weight.value()})
+            return weight.dense_factors()
         factors, start = weight.factors(), self._starts.get(weight.name)
         return factors if start is None else relative_to_start(factors, start)
 
@@ -411,7 +417,7 @@ def refuse_without_small_form(weights: Iterable[CheckpointWeight]) -> None:
 
 
 def has_small_form(weight: CheckpointWeight) -> bool:
-    if weight.layer is None:
+    if weight.layer is None or weight.held_otherwise:
         return False
     with gathered(weight.layer, but=weight.layer.get_base_layer()):
         return small_factors(weight.layer) is not None
