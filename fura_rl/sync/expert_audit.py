@@ -10,6 +10,9 @@ So does one that tensor-parallel workers share, since their gated parts can be j
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +26,9 @@ from fura_rl.sync.factors import Span, row_index
 from fura_rl.sync.fold import CheckpointWeight, pristine_weight
 from fura_rl.sync.sharding import is_cut_by_rows, is_piece, local
 
+logger = logging.getLogger(__name__)
+
+ROUTES = {"top_k_index", "top_k_weights"}  # what transformers' experts are called with, beside the tokens
 ROUNDINGS = 3 * ROUNDINGS_PER_UPDATE  # a 16-bit kernel rounds gate and up, their product, and the output
 
 
@@ -105,5 +111,17 @@ def expert_layers(model: nn.Module, weights: Iterable[CheckpointWeight]) -> Iter
         module = base_model.get_submodule(name)
         while isinstance(module, ParamWrapper):
             module = module.base_layer
-        if hasattr(module, "num_experts"):
+        if takes_routes(module):
             yield ExpertLayer(stack[0].name.rpartition(".")[0], module, tuple(stack))
+        else:
+            warn_of_unaudited(type(module).__name__)
+
+
+def takes_routes(module: nn.Module) -> bool:
+    """Whether its tokens can be sent to the experts of one's choice."""
+    return hasattr(module, "num_experts") and set(inspect.signature(module.forward).parameters) >= ROUTES
+
+
+@functools.cache  # once
+def warn_of_unaudited(kind: str) -> None:
+    logger.warning("weight sync: %s takes no routes, so that its experts are proved by the probe alone", kind)

@@ -6,7 +6,7 @@ it, `vllm_replies.py` asks the kernels what they compute.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,15 +125,14 @@ class LiveModel:
         well, as it is in the base."""
         module, regions = self.modules[module_name], self.regions[module_name]
         if is_in_checkpoint_layout(module, regions):
-            for region in regions:
-                if torn or region.name in updates:
-                    fill(region, getattr(module, region.parameter), asked(updates, region.name), read, generator)
+            written = [region for region in regions if torn or region.name in updates]
+            for region, factors in with_factors(written, updates, {}):
+                fill(region, getattr(module, region.parameter), factors, read, generator)
             return
         matrix = next((region.name for region in regions if region.parameter == "weight"), regions[0].name)
-        known = {matrix: asked(updates, matrix)}
-        with rebuilt(module, by_columns=packs_faster_by_columns(module, regions, known[matrix])):
-            for region in regions:
-                factors = known.pop(region.name) if region.name in known else asked(updates, region.name)
+        made = {matrix: asked(updates, matrix)}
+        with rebuilt(module, by_columns=packs_faster_by_columns(module, regions, made[matrix])):
+            for region, factors in with_factors(regions, updates, made):
                 fill(region, getattr(module, region.parameter), factors, read, generator)
 
     def _repack_tied_head(self, written: Iterable[str]) -> None:
@@ -176,6 +175,23 @@ def fill(
             f"{region.name}: the weight to serve exceeds {torch.finfo(torch.float16).max:.0f}, the largest number of "
             "float16; serve in bfloat16 or float32 (vllm_dtype)"
         )
+
+
+def with_factors(
+    regions: Iterable[Region], updates: Mapping[str, Factors], made: dict[str, Factors | None]
+) -> Iterator[tuple[Region, Factors | None]]:
+    """Each region with the factors of its weight, of which some may be `made` already.
+
+    They are asked for once for the regions of a weight that follow each other, as those of a stack's experts do: a
+    whole stack made anew for each of them would take the square of their number.
+    """
+    last: tuple[str, Factors | None] = "", None
+    for region in regions:
+        if region.name in made:
+            last = region.name, made.pop(region.name)
+        elif region.name != last[0]:
+            last = region.name, asked(updates, region.name)
+        yield region, last[1]
 
 
 def asked(updates: Mapping[str, Factors], name: str) -> Factors | None:
