@@ -115,7 +115,7 @@ def rollouts_of_a_server():
     trainer.model_version, trainer.args, trainer.rollout_worker = 1, SimpleNamespace(max_staleness=2), None
     server = Server()
     engine = RestartableEngine(server, trainer._disown_rollouts)
-    engine.prepare({}, {})
+    engine.prepare({}, {}, {})
     engine.push(update(1))
     rollouts = queue.Queue()
     taken = async_grpo_trainer.RolloutQueueDataset(

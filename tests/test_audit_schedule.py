@@ -92,7 +92,7 @@ class OwnEngine:
     reads_the_trainers_base = True
     dtype = torch.float32
 
-    def prepare(self, tensors, base_samples):
+    def prepare(self, tensors, stacks, base_samples):
         pass
 
     def push(self, update):

@@ -63,7 +63,7 @@ class Trainer:
             for name, w in self.weights.items()
             if w.layer is not None
         }
-        self.receiver.claim(owner or self.owner, lease_seconds, shapes, samples)
+        self.receiver.claim(owner or self.owner, lease_seconds, shapes, {}, samples)
 
     def factors(self):
         return {name: w.factors() for name, w in self.weights.items() if w.trained}
@@ -256,11 +256,11 @@ def test_a_trainer_that_does_not_know_what_one_before_has_changed_is_told_to_sta
     trainer.commit(2, count=2)
     trainer.receiver.release("trainer")
     shapes = {name: weight.shape for name, weight in trainer.weights.items() if name != NORM}
-    trainer.receiver.claim("other", 30.0, shapes, {})
+    trainer.receiver.claim("other", 30.0, shapes, {}, {})
     trainer.stage(3, trainer.chunks(), owner="other")
     with pytest.raises(PayloadError, match=rf"{NORM}: 1 weights are still .*start the engine again"):
         trainer.receiver.commit("other", 3, 1)
-    trainer.receiver.claim("other", 30.0, {name: weight.shape for name, weight in trainer.weights.items()}, {})
+    trainer.receiver.claim("other", 30.0, {name: weight.shape for name, weight in trainer.weights.items()}, {}, {})
     trainer.stage(3, trainer.chunks(), owner="other")
     trainer.receiver.commit("other", 3, 1)
     assert (trainer.logprobs() - expected(trainer.policy)).abs().max() < 1e-5, "put back where its place is known"

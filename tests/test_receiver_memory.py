@@ -18,7 +18,7 @@ class LiveModel:
     written = ()
     poisoned = None
 
-    def record(self, tensors):
+    def record(self, tensors, stacks):
         self.owners = tensors
 
     def check_places(self, names):
@@ -57,7 +57,7 @@ WEIGHTS = {f"model.layers.{i}.mlp.up_proj.weight": torch.randn(8, 8) for i in ra
 
 
 def commit(receiver, owner, weights, version, known=WEIGHTS):
-    receiver.claim(owner, 30.0, {name: tuple(weight.shape) for name, weight in known.items()}, {})
+    receiver.claim(owner, 30.0, {name: tuple(weight.shape) for name, weight in known.items()}, {}, {})
     updates = {name: Factors("dense", {"weight": as_matrix(weight)}) for name, weight in weights.items()}
     [chunk] = payload.encode(updates, torch.float32)
     receiver.stage(owner, version, None, 0, chunk.data, chunk.checksum)

@@ -194,7 +194,7 @@ def left_paused(policy, monkeypatch):
     worker = Worker()
     worker.timeout = 0.1
     engine = RemoteEngine(worker)
-    engine.prepare({}, {})
+    engine.prepare({}, {}, {})
     with monkeypatch.context() as cut_off:
         cut_off.setattr(worker, "resume", lost)
         with pytest.raises(EngineLostError, match="the word to go on was lost"):
@@ -221,7 +221,7 @@ def test_an_engine_is_not_given_back_paused(left_paused):
 def test_an_engine_lost_before_anything_was_sent_is_claimed_and_gets_the_policy_with_the_first_push(policy):
     worker = Worker()
     engine = RemoteEngine(worker)
-    engine.prepare({}, {})
+    engine.prepare({}, {}, {})
     worker.restart()
     assert not engine.serves_last()
     engine.restore(5.0)
@@ -234,7 +234,7 @@ def test_an_engine_lost_before_anything_was_sent_is_claimed_and_gets_the_policy_
 def test_an_engine_that_was_started_again_since_the_commit_is_brought_back_before_its_answer_counts(policy):
     worker = Worker()
     engine = RemoteEngine(worker)
-    engine.prepare({}, {})
+    engine.prepare({}, {}, {})
     engine.push(policy.update())
     worker.restart()
     [reply] = engine.kernel_replies({"w0": [(0, 1)]})
@@ -247,7 +247,7 @@ def test_an_engine_that_was_started_again_since_the_commit_is_brought_back_befor
 def test_an_engine_that_comes_back_is_asked_again(policy):
     worker = Worker()
     engine = RemoteEngine(worker)
-    engine.prepare({}, {})
+    engine.prepare({}, {}, {})
     engine.push(policy.update())
     worker.faults = {"prompt_logprobs": EngineLostError("gone")}
     assert engine.prompt_logprobs([1, 2, 3]).tolist() == [-1.0, -1.0]
@@ -271,7 +271,7 @@ def test_a_version_that_is_not_kept_is_read_again_until_it_has_arrived_and_never
 def test_an_engine_that_has_lost_what_is_not_kept_is_named_with_the_way_out(policy, too_large_to_keep):
     worker = Worker()
     engine = RemoteEngine(worker)
-    engine.prepare({}, {})
+    engine.prepare({}, {}, {})
     engine.push(policy.update())
     worker.restart()
     named = r"version 1 cannot be sent to the engine again, .*resume from the last checkpoint"

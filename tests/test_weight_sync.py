@@ -507,7 +507,7 @@ def test_the_base_weight_before_the_adapter_moved_it_is_read_where_the_policy_is
 def test_beside_an_adapted_stack_of_experts_of_unknown_form_go_the_others_of_its_module(adapted, known, monkeypatch):
     """An engine that folds from its own checkpoint could not read them."""
     if not known:
-        monkeypatch.setattr(checkpoint_names, "NAMES_OF_STACKS", {})
+        monkeypatch.setattr(checkpoint_names, "STACKING", [])
     config = Qwen3MoeConfig(
         hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2, vocab_size=64,
@@ -563,7 +563,7 @@ class OwnBase:
     def __init__(self, folder):
         self.base = BaseWeights(str(folder), None, torch.device("cpu"))
 
-    def prepare(self, tensors, base_samples):
+    def prepare(self, tensors, stacks, base_samples):
         self.different = self.base.differences(base_samples)
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +13,16 @@ from safetensors import safe_open
 
 from fura_rl.sync.factors import Read, Span, matrix_shape
 from fura_rl.sync.fingerprint import Sample, fits
+from fura_rl.sync.stacks import below_each_other
 
 INDEX = "model.safetensors.index.json"
-# vLLM's names of stacked experts, and of the matrices under each other that a checkpoint has for each of them instead
-# (`model.layers.0.mlp.experts.3.up_proj.weight`): read in vLLM 0.31, `RoutedExperts.build_expert_params_mapping`.
-PARTS_OF_STACKS = {
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "down_proj": ("down_proj",),
-    "w13": ("w1", "w3"),
-    "w2": ("w2",),
-}
 
 
 class BaseWeights:
     """A checkpoint folder, or a hub id that is in the local cache.
 
-    Slices come from the memory-mapped files, so that what stays in memory is the page cache's business.
+    Slices come from the memory-mapped files, so that what stays in memory is the page cache's business.  `parts` are
+    the matrices, one below the other, of every stack of experts that it holds expert by expert.
     """
 
     def __init__(self, model: str, revision: str | None, device: torch.device) -> None:
@@ -37,7 +30,7 @@ class BaseWeights:
         self.device = device
         self._files = self._index()
         self._open: dict[str, Any] = {}
-        self._parts: dict[str, list[str]] = {}  # of every stack that was asked for
+        self.parts: dict[str, list[str]] = {}
 
     def _index(self) -> dict[str, str]:
         index = self.folder / INDEX
@@ -54,24 +47,12 @@ class BaseWeights:
         return names
 
     def __contains__(self, name: str) -> bool:
-        return self._stored_name(name) in self._files or bool(self._parts_of(name))
+        return all(self._stored_name(part) in self._files for part in self.parts.get(name, [name]))
 
     def _stored_name(self, name: str) -> str:
         """`name`, or without its first part where the checkpoint is of the base model alone, as GPT-2's on the hub."""
         bare = name.partition(".")[2]
         return bare if name not in self._files and bare in self._files else name
-
-    def _parts_of(self, name: str) -> list[str]:
-        """The matrices, one below the other, of a stack that the checkpoint holds expert by expert; else none."""
-        if name not in self._parts:
-            module, _, last = name.rpartition(".")
-            each = PARTS_OF_STACKS.get(last, ())
-            experts = itertools.takewhile(
-                lambda parts: all(self._stored_name(part) in self._files for part in parts),
-                ([f"{module}.{expert}.{part}.weight" for part in each] for expert in itertools.count()),
-            )
-            self._parts[name] = [part for parts in experts for part in parts] if each else []
-        return self._parts[name]
 
     def _slice(self, name: str) -> Any:
         stored = self._stored_name(name)
@@ -82,7 +63,7 @@ class BaseWeights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """As stored; of a stack that is held expert by expert, that of the matrix which its parts are."""
-        if parts := self._parts_of(name):
+        if parts := self.parts.get(name):
             height, width = self.shape(parts[0])
             return len(parts) * height, width
         return tuple(self._slice(name).get_shape())
@@ -94,12 +75,12 @@ class BaseWeights:
 
     def read(self, name: str) -> Read:
         """Slices of one tensor as a matrix or vector, on the engine's device, in the checkpoint's dtype."""
-        if parts := self._parts_of(name):
-            return below_each_other([self.read(part) for part in parts], self.shape(parts[0])[0])
+        if parts := self.parts.get(name):
+            return below_each_other(lambda i: self.read(parts[i]), self.shape(parts[0])[0])
         stored = self._slice(name)
         shape = stored.get_shape()
         if len(shape) == 3:
-            return below_each_other([functools.partial(self._matrix, stored, i) for i in range(shape[0])], shape[1])
+            return below_each_other(lambda i: functools.partial(self._matrix, stored, i), shape[1])
         if len(shape) > 3:  # of a convolution
             return lambda rows, columns: stored[:].flatten(0, -2)[slice(*rows), slice(*columns)].to(self.device)
         vector = len(shape) == 1
@@ -120,19 +101,6 @@ class BaseWeights:
             for name, sample in samples.items()
             if name not in self or not fits(sample, self.read(name), matrix_shape(self.shape(name)))
         ]
-
-
-def below_each_other(matrices: Sequence[Read], height: int) -> Read:
-    """Slices of the matrix that these are, of so many rows each."""
-
-    def slices(rows: Span, columns: Span) -> torch.Tensor:
-        found = []
-        for i in range(rows[0] // height, -(-rows[1] // height)):
-            span = max(rows[0] - i * height, 0), min(rows[1] - i * height, height)
-            found.append(matrices[i](span, columns))
-        return found[0] if len(found) == 1 else torch.cat(found)
-
-    return slices
 
 
 def find_folder(model: str, revision: str | None) -> Path:

@@ -11,6 +11,7 @@ import torch
 from fura_rl.sync.audit import KernelReply
 from fura_rl.sync.factors import Factors, Read, Span
 from fura_rl.sync.fingerprint import Sample
+from fura_rl.sync.stacks import Stacks
 
 
 class LazyFactors(Mapping[str, Factors]):
@@ -75,8 +76,11 @@ class RolloutEngine(Protocol):
     def version(self) -> int:
         """Of the policy that it was last brought to; 0 before the first."""
 
-    def prepare(self, tensors: Mapping[str, tuple[int, ...]], base_samples: Mapping[str, Sample]) -> None:
-        """Learn where the policy's tensors (name -> shape) go; `base_samples` must fit the engine's own base."""
+    def prepare(
+        self, tensors: Mapping[str, tuple[int, ...]], stacks: Stacks, base_samples: Mapping[str, Sample]
+    ) -> None:
+        """Learn where the policy's tensors (name -> shape) go, of which a checkpoint has `stacks` expert by expert;
+        `base_samples` must fit the engine's own base."""
 
     def push(self, update: Update) -> Push:
         """Bring the engine to `update.version` and drop every cached key and value."""

@@ -30,7 +30,8 @@ class CheckpointWeight:
     """One tensor of the policy, e.g. `model.layers.0.self_attn.q_proj.weight`.
 
     `name` is the policy's own, or, for an engine, that in the checkpoint; `own_name` is then the policy's.
-    `held_otherwise`: the checkpoint has it in a form that is not known to an engine, which cannot read its base value.
+    `parts` are the matrices of each expert that the checkpoint has in the place of a stack (`stacks.Stacks`);
+    `held_otherwise`: it has something else in its place, so that an engine cannot read the base value.
     `layer` is the adapter layer that changes it, or None; `trained` says whether training moves its value (folded, or a
     parameter that takes gradients).  `quantized` is the bare quantized layer it belongs to, or None: its value never
     moves, but it is not the 16-bit checkpoint's either.
@@ -41,6 +42,7 @@ class CheckpointWeight:
     layer: BaseTunerLayer | None = None
     quantized: nn.Module | None = None
     own_name: str | None = None
+    parts: tuple[str, ...] = ()
     held_otherwise: bool = False
 
     @property

@@ -22,6 +22,7 @@ from fura_rl.sync.base_weights import BaseWeights
 from fura_rl.sync.engine import LazyFactors, rounding_generator
 from fura_rl.sync.factors import Factors
 from fura_rl.sync.fingerprint import Sample
+from fura_rl.sync.stacks import Stacks, parts_of
 
 if TYPE_CHECKING:
     from fura_rl.sync.vllm_model import LiveModel
@@ -77,6 +78,7 @@ class Receiver:
         owner: str,
         lease_seconds: float,
         tensors: dict[str, tuple[int, ...]],
+        stacks: Stacks,
         base_samples: Mapping[str, Sample],
     ) -> None:
         """Take this engine for one trainer, and learn where the tensors of its policy go.
@@ -86,13 +88,14 @@ class Receiver:
             ValueError: where the engine's base weights are not the trainer's.
         """
         self._check_owner(owner, free_is_fine=True)
+        self.base.parts = {name: list(parts_of(name, tensors[name], patterns)) for name, patterns in stacks.items()}
         if different := self.base.differences(base_samples):
             shown = ", ".join(different[:4])
             raise ValueError(
                 f"the engine serves another base model ({self.base.folder}) than the trainer adapts: {len(different)} "
                 f"of {len(base_samples)} base weights differ, {shown} first; start both from the same checkpoint"
             )
-        self.model.record(tensors)
+        self.model.record(tensors, stacks)
         self._shapes = tensors
         if owner != self._last_owner:
             self._left_over |= self._changed

@@ -26,6 +26,7 @@ from fura_rl.sync.factors import Span
 from fura_rl.sync.fingerprint import Sample
 from fura_rl.sync.message import Message, finally_doing, message_of, settled
 from fura_rl.sync.payload_source import offered
+from fura_rl.sync.stacks import Stacks
 from fura_rl.sync.transport import EngineLostError, OwnedByAnotherError, RemoteSyncError, Transport
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,9 @@ class RemoteEngine:
     def version(self) -> int:
         return self._last.version
 
-    def prepare(self, tensors: Mapping[str, tuple[int, ...]], base_samples: Mapping[str, Sample]) -> None:
+    def prepare(
+        self, tensors: Mapping[str, tuple[int, ...]], stacks: Stacks, base_samples: Mapping[str, Sample]
+    ) -> None:
         """Claim the engine for this trainer and check its base.
 
         The lease of a trainer that was killed is waited for, so that a run can be started again at once; one that
@@ -67,6 +70,7 @@ class RemoteEngine:
             "owner": self.owner,
             "lease_seconds": self.transport.lease_seconds,
             "tensors": {name: list(shape) for name, shape in tensors.items()},
+            "stacks": {name: list(patterns) for name, patterns in stacks.items()},
             "base_samples": dict(base_samples),
         }
         lease = self.transport.lease_seconds
@@ -293,7 +297,9 @@ class Follower:
         self.dtype = dtype
         self.version = 0
 
-    def prepare(self, tensors: Mapping[str, tuple[int, ...]], base_samples: Mapping[str, Sample]) -> None:
+    def prepare(
+        self, tensors: Mapping[str, tuple[int, ...]], stacks: Stacks, base_samples: Mapping[str, Sample]
+    ) -> None:
         pass
 
     def push(self, update: Update) -> Push:

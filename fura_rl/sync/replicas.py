@@ -14,6 +14,7 @@ from fura_rl.sync.factors import Span
 from fura_rl.sync.fingerprint import Sample
 from fura_rl.sync.message import message_of, settled
 from fura_rl.sync.remote_engine import RemoteEngine
+from fura_rl.sync.stacks import Stacks
 
 
 class Replicas:
@@ -34,9 +35,11 @@ class Replicas:
     def version(self) -> int:
         return min(engine.version for engine in self.engines)
 
-    def prepare(self, tensors: Mapping[str, tuple[int, ...]], base_samples: Mapping[str, Sample]) -> None:
+    def prepare(
+        self, tensors: Mapping[str, tuple[int, ...]], stacks: Stacks, base_samples: Mapping[str, Sample]
+    ) -> None:
         for engine in self.engines:
-            engine.prepare(tensors, base_samples)
+            engine.prepare(tensors, stacks, base_samples)
 
     def push(self, update: Update) -> Push:
         """As `RemoteEngine.push`, one replica after another, all from one message: the other processes of a policy in

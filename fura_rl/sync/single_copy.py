@@ -20,6 +20,7 @@ from fura_rl.sync.engine import Push, Update
 from fura_rl.sync.factors import Read, Span
 from fura_rl.sync.fingerprint import Sample
 from fura_rl.sync.fold import CheckpointWeight, checkpoint_weights, pristine_weight
+from fura_rl.sync.stacks import Stacks
 from fura_rl.sync.vllm_engine import InProcessEngine
 from fura_rl.sync.vllm_modules import is_in_checkpoint_layout
 
@@ -51,9 +52,11 @@ class SingleCopyEngine(InProcessEngine):
         base_model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
         base_model.register_forward_pre_hook(lambda *_: self.restore())
 
-    def prepare(self, tensors: Mapping[str, tuple[int, ...]], base_samples: Mapping[str, Sample]) -> None:
+    def prepare(
+        self, tensors: Mapping[str, tuple[int, ...]], stacks: Stacks, base_samples: Mapping[str, Sample]
+    ) -> None:
         """Move the policy into the engine's storage; an unadapted weight that has no place there stays where it is."""
-        super().prepare(tensors, base_samples)
+        super().prepare(tensors, stacks, base_samples)
         places, refused = {}, {}
         weights = CheckpointNames(self.policy).named(checkpoint_weights(self.policy))
         for name, weight in weights.items():

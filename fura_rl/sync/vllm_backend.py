@@ -30,10 +30,12 @@ from fura_rl.sync.vllm_replies import kernel_replies
 
 @dataclass
 class FactoredInitInfo(WeightTransferInitInfo):
-    """Who claims the engine, and for what policy: tensors by name and shape, and samples of the base weights."""
+    """Who claims the engine, and for what policy: tensors by name and shape, which of them are stacks of experts that
+    the checkpoint holds one by one, and samples of the base weights."""
 
     owner: str
     tensors: dict[str, list[int]]
+    stacks: dict[str, list[str]] = field(default_factory=dict)
     base_samples: dict[str, list[Any]] = field(default_factory=dict)
     lease_seconds: float = 30.0
 
@@ -68,7 +70,7 @@ class FactoredWeightTransferEngine(WeightTransferEngine[FactoredInitInfo, Factor
 
     def init_transfer_engine(self, init_info: FactoredInitInfo) -> None:
         tensors = {name: tuple(shape) for name, shape in init_info.tensors.items()}
-        self.receiver.claim(init_info.owner, init_info.lease_seconds, tensors, init_info.base_samples)
+        self.receiver.claim(init_info.owner, init_info.lease_seconds, tensors, init_info.stacks, init_info.base_samples)
 
     def start_weight_update(self) -> None:
         """Nothing to do: staging touches no live weight."""

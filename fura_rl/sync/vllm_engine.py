@@ -19,6 +19,7 @@ from fura_rl.sync.audit import KernelReply
 from fura_rl.sync.engine import Push, Update, rounding_generator
 from fura_rl.sync.factors import Span
 from fura_rl.sync.fingerprint import Sample
+from fura_rl.sync.stacks import Stacks
 from fura_rl.sync.vllm_model import LiveModel
 from fura_rl.sync.vllm_plugin import BACKEND, EXTENSION
 from fura_rl.sync.vllm_private import VLLM_VERSIONS_READ
@@ -61,9 +62,11 @@ class InProcessEngine:
     def dtype(self) -> torch.dtype:
         return self.llm.llm_engine.model_config.dtype
 
-    def prepare(self, tensors: Mapping[str, tuple[int, ...]], base_samples: Mapping[str, Sample]) -> None:
+    def prepare(
+        self, tensors: Mapping[str, tuple[int, ...]], stacks: Stacks, base_samples: Mapping[str, Sample]
+    ) -> None:
         """`base_samples` are not looked at: the engine folds from the trainer's own base."""
-        self.model.record(tensors)
+        self.model.record(tensors, stacks)
 
     def resend(self) -> None:
         """Write the last update once more."""

@@ -15,6 +15,7 @@ from torch import nn
 
 from fura_rl.finite import all_finite
 from fura_rl.sync.factors import Factors, Read, fold_slice, matrix_shape
+from fura_rl.sync.stacks import Stacks, parts_of
 from fura_rl.sync.vllm_modules import is_in_checkpoint_layout, keeps_a_packed_copy, packs_faster_by_columns, rebuilt
 from fura_rl.sync.vllm_plan import Region, dry_run, make_region, replay
 from fura_rl.sync.vllm_private import check_layout
@@ -55,18 +56,26 @@ class LiveModel:
 
     # ---- the plan
 
-    def record(self, tensors: Mapping[str, tuple[int, ...]]) -> None:
-        """Find where each checkpoint tensor (name -> shape) lands, by a dry run of the model's own loaders.
+    def record(self, tensors: Mapping[str, tuple[int, ...]], stacks: Stacks) -> None:
+        """Find where each checkpoint tensor (name -> shape) lands, by a dry run of the model's own loaders, which take
+        those of `stacks` expert by expert.
 
         Raises:
             NotImplementedError: where a loader does more than slice a tensor.
         """
         self.regions, self.owners = {}, {}
         modules_by_id = {id(module): name for name, module in self.modules.items()}
-        for scatter in dry_run(self, tensors):
-            name, ops = scatter.src
+        shapes: dict[str, tuple[int, ...]] = {}
+        places: dict[str, tuple[str, int]] = {}  # what a loader takes -> the tensor it is of, and its first row there
+        for name, shape in tensors.items():
+            parts = parts_of(name, shape, stacks.get(name, ()))
+            places |= {part: (name, i * rows) for i, (part, (rows, *_)) in enumerate(parts.items())}
+            shapes |= parts
+        for scatter in dry_run(self, shapes):
+            part, ops = scatter.src
+            name, first_row = places[part]
             module = modules_by_id[id(scatter.layer)]
-            region = make_region(name, tensors[name], ops, scatter)
+            region = make_region(part, shapes[part], ops, scatter).within(name, first_row)
             self.regions.setdefault(module, []).append(region)
             owners = self.owners.setdefault(name, [])
             if module not in owners:

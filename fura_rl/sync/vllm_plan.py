@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,6 +47,11 @@ class Region:
     @property
     def element_count(self) -> int:
         return math.prod(self.shape)
+
+    def within(self, name: str, first_row: int) -> Region:
+        """Of its tensor as the rows from `first_row` on of the tensor `name`."""
+        first, last = self.rows
+        return self if name == self.name else replace(self, name=name, rows=(first + first_row, last + first_row))
 
     def view(self, parameter: torch.Tensor) -> torch.Tensor:
         """The region of `parameter`, the checkpoint tensor's rows first: (rows, columns), or (rows,) of a vector."""
@@ -100,8 +105,12 @@ def make_region(name: str, shape: tuple[int, ...], ops: tuple, scatter: Any) -> 
     take no memory.
     """
     rows, columns = (replay(ops, index) for index in indices(shape))
+    if (region := plain_region(name, shape, scatter, rows, columns)) is not None:
+        return region
     if len(shape) > 2:
-        return region_of_stack(name, shape, ops, scatter, rows, columns)
+        height, width = matrix_shape(shape)
+        place = scatter.param_name, scatter.offset, scatter.shape, scatter.stride
+        return Region(name, (0, height), (0, width), width, False, *place, ops, shape)
     row_order = order_of_rows(rows, columns)
     if row_order is not None:
         rows = torch.arange(shape[0]).reshape(-1, *[1] * (rows.ndim - 1)).expand(-1, *rows.shape[1:])
@@ -132,22 +141,22 @@ def indices(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.arange(rows).view(*shape[:-1], 1).expand(shape), torch.arange(columns).expand(shape)
 
 
-def region_of_stack(
-    name: str, shape: tuple[int, ...], ops: tuple, scatter: Any, rows: torch.Tensor, columns: torch.Tensor
-) -> Region:
-    """The region of a tensor with more than two dimensions, of which the `ops` cut elements of these rows and columns.
+def plain_region(
+    name: str, shape: tuple[int, ...], scatter: Any, rows: torch.Tensor, columns: torch.Tensor
+) -> Region | None:
+    """The region of the elements in these rows and columns, where that is a rectangle, in order, of two dimensions.
 
-    A model has thousands of them, one for each expert: only the strides of the expanded indices are looked at, which
-    are 0 where an index does not change.
+    Experts have thousands of them.  So only the strides of the expanded indices are looked at, which are 0 where an
+    index does not change.
     """
+    if rows.ndim != 2:
+        return None
+    transposed = rows.stride(0) == 0
+    down, across = (rows.mT, columns.mT) if transposed else (rows, columns)
+    if (down.stride(1), across.stride(0)) != (0, 0) or not (is_stretch(down[:, 0]) and is_stretch(across[0])):
+        return None
     place = scatter.param_name, scatter.offset, scatter.shape, scatter.stride
-    if rows.ndim == 2:
-        transposed = rows.stride(0) == 0
-        down, across = (rows.mT, columns.mT) if transposed else (rows, columns)
-        if (down.stride(1), across.stride(0)) == (0, 0) and is_stretch(down[:, 0]) and is_stretch(across[0]):
-            return Region(name, _span(rows), _span(columns), shape[-1], transposed, *place)
-    height, width = matrix_shape(shape)
-    return Region(name, (0, height), (0, width), width, False, *place, ops, shape)
+    return Region(name, _span(rows), _span(columns), shape[-1], transposed, *place)
 
 
 def is_stretch(index: torch.Tensor) -> bool:

@@ -150,7 +150,9 @@ class WeightSync:
         if engine.dtype == torch.float16:
             refuse_beyond_float16(self.weights.values())
         self._starts = {} if engine.reads_the_trainers_base else starts_of_shifted_bases(self.weights.values(), model)
-        engine.prepare({name: weight.shape for name, weight in self.weights.items()}, self._base_samples())
+        shapes = {name: weight.shape for name, weight in self.weights.items()}
+        stacks = {name: weight.parts for name, weight in self.weights.items() if weight.parts}
+        engine.prepare(shapes, stacks, self._base_samples())
 
     def prove_next(self) -> None:
         """The policy was replaced, by that of a checkpoint: probe and audit the next sync, whatever is due."""
