@@ -47,7 +47,11 @@ class LiveModel:
 
     def __post_init__(self) -> None:
         check_layout()
+        from vllm.model_executor.layers.attention import is_deferred_attention_layer
+
         self.modules = dict(self.model.named_modules())
+        attention = [module for module in self.modules.values() if is_deferred_attention_layer(module)]
+        self._deriving = [(layer, {id(part) for part in layer.modules()} - {id(layer)}) for layer in attention]
         self.model.register_forward_pre_hook(self._refuse_while_poisoned)
 
     def _refuse_while_poisoned(self, *_: Any) -> None:
@@ -119,6 +123,7 @@ class LiveModel:
                 self.torn.add(module_name)
                 self._write_module(module_name, updates, read, generator, module_name in torn)
             self._repack_tied_head(by_module)
+            self._derive_again(by_module)
         self.torn.clear()
         self.poisoned = None
 
@@ -150,6 +155,14 @@ class LiveModel:
         for name, module in heads.items():
             if name in written or any(module.weight is p for w in written for p in self.modules[w].parameters(False)):
                 module.quant_method.process_weights_after_loading(module)
+
+    def _derive_again(self, written: Iterable[str]) -> None:
+        """Have attention layers make anew what they compute with instead of a module just written: MLA absorbs parts of
+        `kv_b_proj` in its queries and outputs.  Into the same storage, which CUDA graphs read."""
+        touched = {id(self.modules[name]) for name in written}
+        for layer, parts in self._deriving:
+            if not touched.isdisjoint(parts):
+                layer.process_weights_after_loading(self.dtype)
 
 
 def fill(

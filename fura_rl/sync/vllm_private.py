@@ -22,6 +22,7 @@ PRIVATE_NAMES = {
         "initialize_layerwise_reload", "get_layerwise_info",
         "_copy_and_restore_kernel_tensors", "_place_kernel_tensors",
     ),
+    "vllm.model_executor.layers.attention": ("is_deferred_attention_layer",),
     "vllm.model_executor.model_loader.reload.meta": ("restore_layer_on_meta", "materialize_layer"),
     "vllm.model_executor.model_loader.reload.utils": ("get_layer_params_buffers", "get_layer_tensors"),
 }  # fmt: skip
