@@ -26,11 +26,14 @@ from fura_rl import FuraConfig
 from fura_rl.adapters.registry import peft_config_for
 from fura_rl.quickstart import BASE_MODEL
 from fura_rl.sync import vllm_model, vllm_private
+from fura_rl.sync.factors import Factors
+from fura_rl.sync.fold import BaseSlices
 from fura_rl.sync.probe import StaleEngineError
 from fura_rl.sync.remote_engine import RemoteEngine
 from fura_rl.sync.vllm_engine import InProcessEngine, ProcessTransport, factored_sync_settings
 from fura_rl.sync.vllm_model import PoisonedEngineError
 from fura_rl.sync.vllm_modules import is_in_checkpoint_layout
+from fura_rl.sync.vllm_plan import Region
 from fura_rl.sync.vllm_replies import kernel_of
 from fura_rl.sync.weight_sync import WeightSync
 
@@ -283,6 +286,15 @@ def test_an_fp8_engine_is_requantized_from_the_folded_weight_and_audited(tmp_pat
     monkeypatch.setattr(engine.model, "write", lambda *args: None)
     with pytest.raises(StaleEngineError, match=r"audit: 14 of 14 modules "):
         sync.sync()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_row_that_a_loader_makes_a_vector_of_is_written(known):
+    """As the routers' bias of Ernie 4.5."""
+    region = Region("bias", (0, 1), (0, 4), 4, False, "bias", 0, (4,), (1,))
+    row, bias = torch.arange(4.0)[None], torch.zeros(4)
+    vllm_model.fill(region, bias, Factors("dense", {"weight": row}) if known else None, lambda _: BaseSlices(row), None)
+    assert torch.equal(bias, row[0])
 
 
 def test_an_upgrade_of_vllm_that_moves_a_private_name_is_refused_by_name(monkeypatch):

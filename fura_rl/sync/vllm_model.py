@@ -183,9 +183,9 @@ def fill(
     elif region.ops:
         out = out.new_empty(matrix_shape(region.tensor_shape))
     if factors is None:
-        out.copy_(read(region.name)(region.rows, region.columns))
-    elif factors.rule == "dense" and out.ndim != 2:
-        out.copy_(factors.tensors["weight"][slice(*region.rows)])
+        out.copy_(read(region.name)(region.rows, region.columns).reshape_as(out))
+    elif factors.rule == "dense" and out.ndim != 2:  # a vector, or what a loader makes one of
+        out.copy_(factors.tensors["weight"][slice(*region.rows)].reshape_as(out))
     else:
         fold_slice(read(region.name), factors, region.rows, region.columns, out, generator(region.name))
     if region.row_order is not None:
