@@ -3,8 +3,9 @@
 import pytest
 import torch
 from conftest import make_random_checkpoint
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from fura_rl.sync.base_weights import BaseWeights
 from fura_rl.sync.checkpoint_names import CheckpointNames
@@ -65,3 +66,18 @@ def test_the_base_of_other_experts_is_known_by_their_numbers(checkpoint, tmp_pat
     del tensors[changed]
     save_file(tensors, tmp_path / "model.safetensors")
     assert base_of(tmp_path, stacks).differences(samples) == [name]
+
+
+def test_loras_payload_on_the_experts_of_a_real_shape_is_a_few_percent_of_them():
+    """Qwen3-30B-A3B's, of which one layer is enough."""
+    config = Qwen3MoeConfig(
+        num_hidden_layers=1, hidden_size=2048, moe_intermediate_size=768, num_experts=128, num_attention_heads=32,
+        num_key_value_heads=4, head_dim=128, vocab_size=64,
+    )  # fmt: skip
+    with torch.device("meta"):
+        lora = LoraConfig(r=16, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+        policy = get_peft_model(Qwen3MoeForCausalLM(config), lora)
+    stacks = [weight for weight in checkpoint_weights(policy) if weight.layer is not None]
+    assert len(stacks) == 2
+    sent = sum(tensor.numel() for weight in stacks for tensor in weight.factors().tensors.values())
+    assert sent / sum(weight.element_count for weight in stacks) == pytest.approx(0.0217, abs=1e-4)
