@@ -194,14 +194,14 @@ class Receiver:
         """The weights that owners before have changed and `factors` does not: to be put back to the base.
 
         Raises:
-            PayloadError: where the checkpoint does not hold one of those as one tensor (experts, stacked by a policy),
-                or the policy of this owner has it under another name, so that its place is not known.
+            PayloadError: where the checkpoint holds one of those in a form that is not known (`held_otherwise`), or the
+                policy of this owner has it under another name, so that its place is not.
         """
         left_over = self._left_over - factors.keys()
         if lost := sorted(name for name in left_over if name not in self.base or name not in self.model.owners):
             raise payload.PayloadError(
                 f"{', '.join(lost[:4])}: {len(lost)} weights are still those of another trainer, and the engine cannot "
-                "put them back, since its checkpoint or the policy holds them under other names; start the engine again"
+                "put them back, since its checkpoint or the policy holds them otherwise; start the engine again"
             )
         return left_over
 
