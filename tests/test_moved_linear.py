@@ -94,6 +94,20 @@ def test_layers_that_are_not_plain_are_left_to_the_composition(monkeypatch):
     assert seen == [1]
 
 
+def test_views_in_the_place_of_parameters_are_taken_where_no_gradient_is_asked_for():
+    """As under FSDP1, whose output is then that of the bare model to the bit."""
+    layer, x = nn.Linear(N * SIZE, OUT), torch.randn(9, N * SIZE)
+    flat = nn.Parameter(layer.weight.detach().flatten())
+    layer.weight.requires_grad_(False)
+    layer.bias = None
+    assert moved_linear.takes(layer, x)
+    del layer.weight
+    layer.weight = flat.view(OUT, N * SIZE)
+    assert not moved_linear.takes(layer, x)
+    with torch.no_grad():
+        assert moved_linear.takes(layer, x)
+
+
 def test_a_training_step_holds_no_more_than_a_frozen_layers(monkeypatch):
     """Beyond x, y and their gradients only parts and block matrices: the frozen layer's peak and a little."""
     from fura_rl.benchmark.measure import peak_bytes

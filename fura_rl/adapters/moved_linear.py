@@ -45,7 +45,9 @@ def takes(layer: nn.Module, x: torch.Tensor) -> bool:
 
 
 def is_plain(t: torch.Tensor, x: torch.Tensor) -> bool:
-    return type(t) is nn.Parameter and t.dtype == x.dtype and t.device == x.device and not t.requires_grad
+    """FSDP1 puts views of a flat parameter in the place of parameters, which all take gradients where one does."""
+    frozen = not (t.requires_grad and torch.is_grad_enabled())
+    return type(t) in (nn.Parameter, torch.Tensor) and t.dtype == x.dtype and t.device == x.device and frozen
 
 
 def moved_linear(x: torch.Tensor, update: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
