@@ -21,13 +21,13 @@ import pytest
 import torch
 from rollout_server import RolloutServer
 
+if TYPE_CHECKING:
+    from fura_rl.sync.weight_sync import SyncReport, WeightSync
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # One tolerance per dtype: the largest relative error of a weight or an output that rounding explains here.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-if TYPE_CHECKING:
-    from fura_rl.sync.weight_sync import SyncReport, WeightSync
-
 PARITY_NATS = 1e-5  # engine against trainer, float32
 
 

@@ -90,7 +90,7 @@ class ExpertLayer:
         device = values[0].device
         vectors = probe_vectors(self.width, device)
         tokens, routes = tokens_of_experts(vectors, range(last - first))
-        module = copy.copy(self.module)
+        module = copy.copy(self.module)  # of as many experts as are held here
         module.num_experts = last - first
         output = functional_call(module, tensors, (tokens, routes, torch.ones(len(tokens), 1, device=device)))
         picked = row_index(tuple(self.spans), device)
