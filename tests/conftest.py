@@ -206,16 +206,17 @@ def perturb_trained(model: torch.nn.Module, scale: float, seed: int) -> None:
             parameter.add_(scale * size * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
-def check_that_two_updates_arrive(sync: WeightSync, scale: float, *, everything: bool = False) -> SyncReport:
+def check_that_two_updates_arrive(sync: WeightSync, scale: float, *, everything: bool = False) -> list[SyncReport]:
     """Twice an optimizer step's stand-in and a sync, of which the engine must move where the policy does.
 
-    `sync` probes every sync; with `everything` the first sends unadapted weights too.  Returns the last one's report.
+    `sync` probes every sync; with `everything` the first sends unadapted weights too.  Returns their reports.
     """
+    reports = []
     for step in range(2):
         before = sync.engine.prompt_logprobs(sync.proof.token_ids)
         perturb_trained(sync.model, scale, seed=step)
-        report = sync.sync(everything=everything and step == 0)
-        assert report.probe_max_gap < PARITY_NATS
+        reports.append(sync.sync(everything=everything and step == 0))
+        assert reports[-1].probe_max_gap < PARITY_NATS
         moved = (sync.engine.prompt_logprobs(sync.proof.token_ids) - before).abs().max()
         assert moved > 100 * PARITY_NATS, "it must move"
-    return report
+    return reports

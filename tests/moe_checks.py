@@ -118,7 +118,7 @@ def test_experts_arrive_however_their_checkpoint_holds_them(family, as_in_a_serv
         engine = RemoteEngine(ProcessTransport(llm)) if as_in_a_server else InProcessEngine(llm)
         policy = adapted(folder, adapter)
         sync = WeightSync(policy, engine, PROBE, probe_every=1)
-        report = check_that_two_updates_arrive(sync, 0.2, everything=not as_in_a_server)
+        _, report = check_that_two_updates_arrive(sync, 0.2, everything=not as_in_a_server)
         assert report.audit_gain_min == pytest.approx(1, abs=0.02)
         seen = {name for name, numbers in sync.proof.audit._judged.items() if numbers.any()}
         judged = {name for name in seen if name.rpartition(".")[2].isdecimal()}
