@@ -54,11 +54,12 @@ EXPERT_CASES = {
     "experts": ("lora", {"lora_dropout": 0.0, "target_modules": ["q_proj"], "target_parameters": STACKS}),
     "full-experts": ("full", None),
 }
-# Where a last sync leaves rows of one weight as they were: the weight, and which part of its rows, the last, they are.
+# Where a last sync leaves rows of a module's weights as they were: the module, and which part of its rows, the last,
+# they are.
 LEFT_BEHIND = {
-    "full": ("layers.0.self_attn.q_proj.weight", 2),
-    "experts": ("layers.1.mlp.experts.gate_up_proj", 8),
-    "full-experts": ("layers.1.mlp.experts.gate_up_proj", 8),
+    "full": ("layers.0.self_attn.q_proj", 2),
+    "experts": ("layers.1.mlp.experts", 8),
+    "full-experts": ("layers.1.mlp.experts", 8),
 }
 
 
@@ -168,11 +169,13 @@ def served(sync: WeightSync) -> dict[str, Any]:
 def error_of_rows_that_did_not_arrive(
     accelerator: Accelerator, policy: torch.nn.Module, sync: WeightSync, ending: str, part: int
 ) -> str:
-    """One more sync, in which rows of one weight stay as they were: some of process 1's where it holds its own, else
-    all."""
-    name = next(name for name in sync.weights if name.endswith(ending))
-    before = {key: tensor.clone() for key, tensor in sync.weights[name].factors().tensors.items()}
-    sharded = is_piece(sync.weights[name].parameter)
+    """One more sync, in which rows of a module's weights stay as they were: some of process 1's where it holds its own,
+    else all."""
+    left = {name: weight for name, weight in sync.weights.items() if weight.module_name.endswith(ending)}
+    before = {
+        name: {key: tensor.clone() for key, tensor in weight.factors().tensors.items()} for name, weight in left.items()
+    }
+    sharded = any(is_piece(weight.parameter) for weight in left.values())
     for parameter in policy.parameters():
         if parameter.requires_grad:
             local(parameter).mul_(1.01)
@@ -180,11 +183,13 @@ def error_of_rows_that_did_not_arrive(
 
     def push_the_rest(update: Update) -> Push:
         factors = dict(update.factors)
-        tensors = {key: tensor.clone() for key, tensor in factors[name].tensors.items()}
-        for key, tensor in tensors.items():
-            first = len(tensor) - len(tensor) // part if sharded else 0
-            tensor[first:] = before[key][first:]
-        return push(replace(update, factors=factors | {name: Factors(factors[name].rule, tensors)}))
+        for name, old in before.items():
+            tensors = {key: tensor.clone() for key, tensor in factors[name].tensors.items()}
+            for key, tensor in tensors.items():
+                first = len(tensor) - len(tensor) // part if sharded else 0
+                tensor[first:] = old[key][first:]
+            factors[name] = Factors(factors[name].rule, tensors)
+        return push(replace(update, factors=factors))
 
     if accelerator.is_main_process:
         sync.engine.push = push_the_rest

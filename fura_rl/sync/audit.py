@@ -31,6 +31,9 @@ SAMPLED_SPANS, SPAN_ROWS = 16, 8  # output features looked at: this many stretch
 FEWEST_SPANS = 4  # of one process
 FLOAT32_SPAN_ROWS = 2  # in 32 bits there is no rounding to be averaged out
 STALE_BELOW = 0.5
+# Of an update that stands further out of the rounding, whose gain scatters by less.  Of the two weights of an expert
+# the older one may make up so little of the update.
+CLEARLY_STALE_BELOW = 0.75
 LOST_ABOVE = 2.0  # a kernel that moves by more than twice its update holds something else altogether
 # An update smaller than this, relative to the weight, is left to add up until it stands out of the reply's rounding:
 # the gain's standard deviation is then about 0.06, so that a fresh layer is 8 of them away from STALE_BELOW.  A long
@@ -39,6 +42,25 @@ LOST_ABOVE = 2.0  # a kernel that moves by more than twice its update holds some
 ROUNDINGS_PER_UPDATE = 4.0
 ROUNDINGS_PER_DRAW = 6.0
 SMALLEST_UPDATE = 1e-5
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How much of a weight's update its kernel computes with; one that is `fresh_from` so much on can be told from a
+    stale one."""
+
+    value: float
+    fresh_from: float = STALE_BELOW
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the kernel holds the weight it was sent; a value that is no number does not say so."""
+        return self.fresh_from <= self.value <= LOST_ABOVE
+
+    @property
+    def doubt(self) -> float:
+        """The distance from 1, in that of the least that is fresh; of no number infinite."""
+        return math.inf if math.isnan(self.value) else abs(self.value - 1) / (1 - self.fresh_from)
 
 
 @dataclass(frozen=True)
@@ -129,27 +151,27 @@ class KernelAudit:
         """Whether nothing is known of `name` at these rows: none were asked for, or sharding has moved them."""
         return not self.knows(name) or self._spans[name] != spans
 
-    def gains(self, engine: Kernels, syncs: int = 1) -> dict[str, float]:
+    def gains(self, engine: Kernels, syncs: int = 1) -> dict[str, Gain]:
         """The gain of every layer whose update is large enough to be seen through the engine's rounding.
 
         Of a weight that several workers or replicas hold, the worst; a worker whose own part has moved too little to
         be seen is left out, and so is a weight that no kernel multiplies by.  One that is answered for whole less often
         than it once was, by a replica less, has a gain that is no number: nothing is known of that one.  The update is
         one of so many `syncs`: what misses one of them is nearer to 1 by as much, so that an update must be as much
-        larger to be judged by.
+        larger to be judged by, and is judged as much more strictly.
         """
         self._expected, self._previous = on_host(self._expected), on_host(self._previous)
         eps = torch.finfo(engine.dtype).eps
         due = self._due(eps, syncs)
         workers = engine.kernel_replies({name: self._spans[name] for name in due})
         shares = {name: [worker[name] for worker in workers if name in worker] for name in due}
-        gains: dict[str, list[float]] = {name: [] for name in due}
+        gains: dict[str, list[Gain]] = {name: [] for name in due}
         copies = dict.fromkeys(due, 0)
         for names in grouped(due, lambda name: (self._expected[name].shape, len(shares[name]))):
             together = [stacked(of_worker) for of_worker in zip(*(shares[name] for name in names), strict=True)]
             gains |= zip(names, self._judge(names, together, eps, syncs), strict=True)
             copies |= zip(names, whole_copies(together, len(names)), strict=True)
-        gains |= {name: [math.nan] for name in due if copies[name] < self._answered.get(name, 0)}
+        gains |= {name: [Gain(math.nan)] for name in due if copies[name] < self._answered.get(name, 0)}
         self._answered |= {name: max(copies[name], self._answered.get(name, 0)) for name in due}
         return {name: worst(found) for name, found in gains.items() if found}
 
@@ -158,30 +180,32 @@ class KernelAudit:
         moved: set[str] = set()
         for names in grouped(self._expected, lambda name: self._expected[name].shape):
             everything = torch.ones(len(names), *self._expected[names[0]].shape, dtype=torch.bool)
-            moved |= set(itertools.compress(names, self._stand_out(names, everything, [eps] * len(names), syncs)))
+            sizes = self._update_sizes(names, everything, [eps] * len(names), syncs)
+            moved |= {name for name, size in zip(names, sizes, strict=True) if size > 1}
         return [name for name in self._expected if name in moved]
 
-    def _judge(self, names: list[str], shares: list[StackedReplies], eps: float, syncs: int) -> list[list[float]]:
+    def _judge(self, names: list[str], shares: list[StackedReplies], eps: float, syncs: int) -> list[list[Gain]]:
         """The gains of each of `names`, alike in shape: one for every reply that is whole somewhere and shows its
         update there.  `shares` are every worker's, of all the names."""
         coarsest = [max([eps, *(share.eps[i] for share in shares)]) for i in range(len(names))]
         judged = torch.zeros(len(names), *self._expected[names[0]].shape, dtype=torch.bool)
-        found: list[list[float]] = [[] for _ in names]
+        found: list[list[Gain]] = [[] for _ in names]
         for reply, whole in complete_replies(shares):
-            seen = self._stand_out(names, whole, coarsest, syncs)
-            judged |= whole & torch.tensor(seen)[:, None, None]
-            for own, gain in itertools.compress(zip(found, self._gains(names, reply, whole), strict=True), seen):
-                own.append(gain)
+            sizes = self._update_sizes(names, whole, coarsest, syncs)
+            judged |= whole & torch.tensor([size > 1 for size in sizes])[:, None, None]
+            for own, value, size in zip(found, self._gains(names, reply, whole), sizes, strict=True):
+                if size > 1:
+                    own.append(Gain(value, fresh_from(size, syncs)))
         self._judged |= zip(names, judged.unbind(), strict=True)
         return found
 
-    def _stand_out(self, names: list[str], whole: torch.Tensor, eps: list[float], syncs: int) -> list[bool]:
-        """Of each weight, whether its numbers `whole` move by enough to stand out of the engine's rounding."""
+    def _update_sizes(self, names: list[str], whole: torch.Tensor, eps: list[float], syncs: int) -> list[float]:
+        """Of each weight, how far its numbers `whole` move, in the least that stands out of the engine's rounding."""
         expected, previous = stack_of(self._expected, names), stack_of(self._previous, names)
         roundings = torch.tensor([self._roundings[name] for name in names]) * torch.tensor(eps, dtype=torch.float64)
         visible = syncs * (roundings / whole.sum((1, 2)).clamp(min=1).sqrt()).clamp(min=SMALLEST_UPDATE)
         size, update = (torch.where(whole, part, 0).flatten(1).norm(dim=1) for part in (expected, expected - previous))
-        return (update > visible * size).tolist()
+        return (update / (visible * size)).nan_to_num(0.0).tolist()  # no number where nothing is asked for
 
     def _gains(self, names: list[str], reply: torch.Tensor, whole: torch.Tensor) -> list[float]:
         """Of each weight, the regression of its `reply` on its update over the numbers `whole`."""
@@ -190,7 +214,7 @@ class KernelAudit:
         found = torch.where(whole, reply.double() - previous, 0)
         return ((found * update).sum((1, 2)) / update.square().sum((1, 2))).tolist()
 
-    def accept(self, gains: dict[str, float]) -> None:
+    def accept(self, gains: Iterable[str]) -> None:
         """The layers of `gains` are proved, as far as they were judged: their next update is counted from here."""
         for names in grouped(gains, lambda name: self._expected[name].shape):
             judged, expected, previous = (
@@ -252,18 +276,23 @@ def whole_copies(shares: list[StackedReplies], weights: int) -> list[int]:
     return (covered + 1e-3).flatten(1).amin(dim=1).int().tolist()  # a sum of fractions
 
 
-def worst(gains: Iterable[float]) -> float:
-    """The one furthest from 1; one that is not a number is further than any."""
-    return max(gains, key=lambda gain: math.inf if math.isnan(gain) else abs(gain - 1))
-
-
-def stale_modules(gains: dict[str, float], syncs: int = 1) -> list[str]:
-    """The layers whose kernel does not hold the weight it was sent; a gain that is not a number counts.
+def fresh_from(update_size: float, syncs: int) -> float:
+    """The least gain of a fresh kernel for an update of such a size, in the least that can be judged by.
 
     Of an update of several `syncs` it may lack the last one alone, and have a gain of 1 - 1 / syncs.
     """
-    fresh_from = 1 - (1 - STALE_BELOW) / syncs
-    return [name for name, gain in gains.items() if not fresh_from <= gain <= LOST_ABOVE]
+    scatter = (1 - STALE_BELOW) / update_size
+    return 1 - max(scatter, 1 - CLEARLY_STALE_BELOW) / syncs
+
+
+def worst(gains: Iterable[Gain]) -> Gain:
+    """The one furthest from 1, as far as each can be told from it; one that is not a number is further than any."""
+    return max(gains, key=lambda gain: gain.doubt)
+
+
+def stale_modules(gains: Mapping[str, Gain]) -> list[str]:
+    """The layers whose kernel does not hold the weight it was sent."""
+    return [name for name, gain in gains.items() if not gain.is_fresh]
 
 
 def sample_spans(rows: Span, processes: int = 1, span_rows: int = SPAN_ROWS) -> list[Span]:

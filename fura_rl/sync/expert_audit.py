@@ -3,8 +3,9 @@
 Every expert is asked by name, `model.layers.0.mlp.experts.3`, with the audit's vectors as its tokens and routing weight
 1.  The regression of `audit.py` needs no linear map: a stale expert answers as before, a fresh one as expected.  The
 trainer computes what to expect with the experts module of transformers itself, on the weights that the engine was sent.
-An expert of which one weight arrived and the other did not lies between, and is named where the gain is below a half.
-So does one that tensor-parallel workers share, since their gated parts can be judged by nothing but their sum.
+An expert of which one weight arrived and the other did not lies between: it is named where the one that is missing is
+more than a quarter of the update, or a half of one that rounding nearly hides.  So is one that tensor-parallel workers
+share, since their gated parts can be judged by nothing but their sum.
 """
 
 from __future__ import annotations

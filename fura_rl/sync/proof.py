@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fura_rl.sync import expert_audit, probe
-from fura_rl.sync.audit import KernelAudit, stale_modules
+from fura_rl.sync.audit import Gain, KernelAudit, stale_modules
 from fura_rl.sync.engine import RolloutEngine
 from fura_rl.sync.expert_audit import expert_layers
 from fura_rl.sync.fold import CheckpointWeight
@@ -72,7 +72,7 @@ class SyncProof:
 
     # ---- by the audit
 
-    def by_audit(self, delivery: Delivery) -> dict[str, float]:
+    def by_audit(self, delivery: Delivery) -> dict[str, Gain]:
         """The gains of the engine's kernels, all fresh; what is stale is sent once more before the run is stopped.
 
         Where it is shared, collective and with the same outcome in every process.
@@ -83,14 +83,14 @@ class SyncProof:
         self._expect_of_experts(delivery)
         syncs = delivery.syncs
         own, gains = self._gains(delivery)
-        if stale := stale_modules(gains, syncs):
+        if stale := stale_modules(gains):
             logger.warning("weight sync: %s did not take the new weights; sending them once more", ", ".join(stale))
             try:
                 (SharedKernels(self.engine) if delivery.shared else self.engine).resend()
             except NotKeptError as error:
                 raise probe.StaleEngineError(stale_message(stale, gains, syncs, f"once, and {error}")) from error
             own, gains = self._gains(delivery)
-        if stale := stale_modules(gains, syncs):
+        if stale := stale_modules(gains):
             raise probe.StaleEngineError(stale_message(stale, gains, syncs))
         self.audit.accept(own)
         return gains
@@ -103,7 +103,7 @@ class SyncProof:
                 base = None if bases is None else bases[expert]
                 self.audit.expect_reply(name, replies[expert], base, layer.spans, roundings=expert_audit.ROUNDINGS)
 
-    def _gains(self, delivery: Delivery) -> tuple[dict[str, float], dict[str, float]]:
+    def _gains(self, delivery: Delivery) -> tuple[dict[str, Gain], dict[str, Gain]]:
         """The gains of the engine's kernels at the rows that this process looks at, and the worst of all processes'."""
         if not delivery.shared:
             own = self.audit.gains(self.engine, delivery.syncs)
@@ -118,7 +118,7 @@ class SyncProof:
         """The policy's log-probs of the probe; to be asked for before the engine may write where the policy lies."""
         return self.score(self.model, self.token_ids)
 
-    def by_probe(self, delivery: Delivery, expected: torch.Tensor, gains: dict[str, float] | None) -> float | None:
+    def by_probe(self, delivery: Delivery, expected: torch.Tensor, gains: dict[str, Gain] | None) -> float | None:
         """The largest gap between the policy's log-probs of the probe, `expected`, and the engine's.
 
         `gains` are those of this delivery's audit, None where it had none.  Where an engine of any process fails, every
@@ -175,13 +175,13 @@ class SyncProof:
                     f"{failure}. It could not be sent once more: {lost}. {SO_IT_STOPS}"
                 ) from lost
 
-    def _audit_words(self, delivery: Delivery, gains: dict[str, float] | None) -> str:
+    def _audit_words(self, delivery: Delivery, gains: dict[str, Gain] | None) -> str:
         """What an audit of the engine says.  Collective where it is shared."""
         stale: list[str] = []
         if gains is None:
             self._expect_of_experts(delivery)
             _, gains = self._gains(delivery)
-            stale = stale_modules(gains, delivery.syncs)
+            stale = stale_modules(gains)
         if stale:
             return f"an audit finds {len(stale)} of {len(gains)} modules stale: {shown_modules(stale, gains)}"
         if gains:
@@ -189,7 +189,7 @@ class SyncProof:
         return "an audit finds no update that is large enough to judge a module by"
 
 
-def stale_message(stale: list[str], gains: dict[str, float], syncs: int, sent: str = "twice") -> str:
+def stale_message(stale: list[str], gains: dict[str, Gain], syncs: int, sent: str = "twice") -> str:
     before = "the sync before" if syncs == 1 else f"one of the {syncs} syncs before, which were not audited"
     cause = (
         f"nothing of this sync arrived: the engine still serves the weights of {before}"
@@ -203,6 +203,6 @@ def stale_message(stale: list[str], gains: dict[str, float], syncs: int, sent: s
     )
 
 
-def shown_modules(stale: list[str], gains: dict[str, float]) -> str:
-    shown = ", ".join(f"{name} (gain {gains[name]:.2f})" for name in stale[:8])
+def shown_modules(stale: list[str], gains: dict[str, Gain]) -> str:
+    shown = ", ".join(f"{name} (gain {gains[name].value:.2f})" for name in stale[:8])
     return shown + (f" and {len(stale) - 8} more" if len(stale) > 8 else "")

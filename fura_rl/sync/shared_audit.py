@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fura_rl.sync.audit import KernelReply, worst
+from fura_rl.sync.audit import Gain, KernelReply, worst
 from fura_rl.sync.engine import RolloutEngine
 from fura_rl.sync.factors import Span
 from fura_rl.sync.sharding import failing_together, of_every_process
@@ -63,9 +63,9 @@ def feature_count(spans: Sequence[Span]) -> int:
     return sum(last - first for first, last in spans)
 
 
-def worst_gains(gains: Mapping[str, float]) -> dict[str, float]:
+def worst_gains(gains: Mapping[str, Gain]) -> dict[str, Gain]:
     """By name the worst gain that a process found; the same in all of them.  Collective."""
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[Gain]] = {}
     for part in of_every_process(dict(gains)):
         for name, gain in part.items():
             found.setdefault(name, []).append(gain)

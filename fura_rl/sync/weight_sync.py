@@ -265,7 +265,7 @@ class WeightSync:
             payload_bytes=push.payload_bytes,
             dense_bytes=sum(w.element_count for w in self.weights.values()) * self.engine.dtype.itemsize,
             probe_max_gap=gap,
-            audit_gain_min=min(gains.values(), default=None),
+            audit_gain_min=min((gain.value for gain in gains.values()), default=None),
             update_cosine=watch.cosine.value() if watch.all_bases_kept and not self.follows else None,
         )
 
