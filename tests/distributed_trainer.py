@@ -90,6 +90,7 @@ def gathers_of(parameters: list[torch.Tensor]) -> Iterator[list[tuple[int, ...]]
 def policy_of(case: str, model: str) -> torch.nn.Module:
     """A case on the checkpoint `model`, away from its start, where LoRA's factors hide each other's gradient."""
     adapter, options = (CASES | EXPERT_CASES)[case]
+    torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     config = peft_config_for(adapter, ModelConfig(), None, options)
     policy = base if config is None else get_peft_model(base, config)
