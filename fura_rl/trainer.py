@@ -99,6 +99,7 @@ class FuraGRPOTrainer(GRPOTrainer):
         self.sync_reports: list[SyncReport] = []
         self.checkpoint_writers: list[Callable[[Path], None]] = []
         self._rollouts_at = (-1, True, 0)  # optimizer step, whether of training, generations there so far
+        self._in_rollout = False
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         timed = [self._timed("reward", reward) if callable(reward) else reward for reward in rewards if reward]
         self._client: RolloutClient | None = None
@@ -168,9 +169,9 @@ class FuraGRPOTrainer(GRPOTrainer):
             score=self._score,
         )
         generation.sync_weights = self.sync_weights
-        generate = self._seeded(generation.generate)
-        generate = self._timed("rollout", out_of_memory_in("rollouts")(generate))
-        generation.generate = self._returning_weights(generate)
+        generation.generate = self._as_rollout(generation.generate)
+        if self.rollout_func is not None:
+            self.rollout_func = self._as_rollout(self.rollout_func)
 
     def _rollout_engine(self, generation: Any) -> RolloutEngine:
         """The engine as this process sees it: in this process, behind a server, or as another process's business."""
@@ -249,8 +250,9 @@ class FuraGRPOTrainer(GRPOTrainer):
             return probe.trainer_logprobs(policy, token_ids)
 
     def _probe_token_ids(self) -> list[int]:
-        """The first tokens of the first training prompt: text of the run's own kind, the same at every sync."""
-        prompt = next(iter(self.train_dataset))["prompt"]
+        """The first tokens of the first training prompt: text of the run's own kind, the same at every sync.  Where
+        environments make the prompts, what TRL begins them with."""
+        prompt = next(iter(self.train_dataset)).get("prompt", [{"role": "user", "content": ""}])
         return encode_prompts([prompt], self.processing_class)[0][:PROBE_TOKENS]
 
     def _timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -264,6 +266,25 @@ class FuraGRPOTrainer(GRPOTrainer):
                 self.phase_seconds[phase] += time.perf_counter() - started - inner_sync
 
         return timed
+
+    def _as_rollout(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        """`generate` seeded, timed and with the policy's weights back in their place afterwards; within a `rollout_func`
+        only seeded, since that is timed itself and may generate again."""
+        seeded = self._seeded(generate)
+        timed = self._timed("rollout", out_of_memory_in("rollouts")(seeded))
+
+        @functools.wraps(generate)
+        def rollout(*args: Any, **kwargs: Any) -> Any:
+            if self._in_rollout:
+                return seeded(*args, **kwargs)
+            self._in_rollout = True
+            try:
+                return timed(*args, **kwargs)
+            finally:
+                self._in_rollout = False
+                self._take_weights_back()
+
+        return rollout
 
     def _seeded(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         """`generate` with rollouts that are a function of the run's seed and the place in the run."""
@@ -287,16 +308,6 @@ class FuraGRPOTrainer(GRPOTrainer):
         if self._shares_weights:
             self.weight_sync.engine.restore()
             self._last_loaded_step = -1  # the next rollout folds again
-
-    def _returning_weights(self, generate: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(generate)
-        def returning(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return generate(*args, **kwargs)
-            finally:
-                self._take_weights_back()
-
-        return returning
 
     def _draws(self, **place: Any) -> AbstractContextManager[None]:
         """What seeds the rollouts of one place in the run, here or at the server."""
