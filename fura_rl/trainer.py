@@ -268,8 +268,8 @@ class FuraGRPOTrainer(GRPOTrainer):
         return timed
 
     def _as_rollout(self, generate: Callable[..., Any]) -> Callable[..., Any]:
-        """`generate` seeded, timed and with the policy's weights back in their place afterwards; within a `rollout_func`
-        only seeded, since that is timed itself and may generate again."""
+        """`generate` seeded, timed and with the policy's weights back in their place afterwards; within a
+        `rollout_func` only seeded, since that is timed itself and may generate again."""
         seeded = self._seeded(generate)
         timed = self._timed("rollout", out_of_memory_in("rollouts")(seeded))
 
