@@ -28,7 +28,6 @@ from torch import nn
 from trl.experimental.async_grpo import AsyncGRPOTrainer
 
 from fura_rl.alarms import Alarms, AlarmSettings
-from fura_rl.data import encode_prompts
 from fura_rl.serve import TOKEN_VARIABLE
 from fura_rl.sync.engine import RolloutEngine
 from fura_rl.sync.http_transport import HttpTransport
@@ -37,7 +36,7 @@ from fura_rl.sync.remote_engine import Follower, RemoteEngine
 from fura_rl.sync.sharding import failing_together
 from fura_rl.sync.transport import Transport
 from fura_rl.sync.weight_sync import SyncReport, WeightSync
-from fura_rl.trainer import PROBE_TOKENS, keep_core_dtype
+from fura_rl.trainer import keep_core_dtype, probe_token_ids
 
 TRL_VERSIONS_READ = "1.16"
 PRIVATE_NAMES = (
@@ -168,7 +167,7 @@ class FuraAsyncGRPOTrainer(AsyncGRPOTrainer):
         transfer.sync = WeightSync(
             policy,
             self._rollout_engine(),
-            self._probe_token_ids(),
+            probe_token_ids(self.train_dataset, self.processing_class),
             seed=self.args.seed,
             compute_dtype=mixed or policy.dtype,
             score=self._score,
@@ -191,11 +190,6 @@ class FuraAsyncGRPOTrainer(AsyncGRPOTrainer):
                 dtype = [str(engine.dtype).removeprefix("torch.")]
         broadcast_object_list(dtype, from_process=0)
         return engine or Follower(getattr(torch, dtype[0]))
-
-    def _probe_token_ids(self) -> list[int]:
-        """The first tokens of the first training prompt, as in `FuraGRPOTrainer`."""
-        prompt = next(iter(self.train_dataset))["prompt"]
-        return encode_prompts([prompt], self.processing_class)[0][:PROBE_TOKENS]
 
     def _score(self, policy: nn.Module, token_ids: Sequence[int]) -> torch.Tensor:
         """Log-probs through TRL's tree attention, of which one sequence is a tree without branches."""

@@ -6,6 +6,7 @@ template, else a string) and `answer` (the gold as the content of a box).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -22,7 +23,7 @@ from rewards import gold_answer, last_boxed
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
     from trl import DatasetMixtureConfig
 
 logger = logging.getLogger(__name__)
@@ -235,11 +236,26 @@ def report_golds(check: GoldCheck, source: str, answer_column: str) -> None:
     logger.warning("%s. These rows are left out", text)
 
 
-def encode_prompts(prompts: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of prompts that are strings or lists of chat messages."""
+def encode_prompts(
+    prompts: Sequence[Any], processing_class: PreTrainedTokenizerBase | ProcessorMixin
+) -> list[list[int]]:
+    """Token ids of prompts that are strings or lists of chat messages; of images in them nothing."""
+    from transformers import ProcessorMixin
+
+    is_processor = isinstance(processing_class, ProcessorMixin)
+    tokenizer = processing_class.tokenizer if is_processor else processing_class
+    chat = functools.partial(tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=True)
     return [
-        list(tokenizer(prompt)["input_ids"])
-        if isinstance(prompt, str)
-        else list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+        list((tokenizer(prompt) if isinstance(prompt, str) else chat(without_images(prompt)))["input_ids"])
         for prompt in prompts
+    ]
+
+
+def without_images(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Chat messages of which those that are lists of parts keep their text alone."""
+    return [
+        message | {"content": [part for part in message["content"] if part["type"] == "text"]}
+        if isinstance(message.get("content"), list)
+        else message
+        for message in messages
     ]

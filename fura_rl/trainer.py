@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -157,7 +157,7 @@ class FuraGRPOTrainer(GRPOTrainer):
         self.weight_sync = WeightSync(
             policy,
             self._rollout_engine(generation),
-            self._probe_token_ids(),
+            probe_token_ids(self.train_dataset, self.processing_class),
             mode=getattr(self.args, "sync_mode", "auto"),
             probe_every=getattr(self.args, "sync_probe_every", 10),
             probe_tolerance=getattr(self.args, "sync_probe_tolerance", None),
@@ -248,12 +248,6 @@ class FuraGRPOTrainer(GRPOTrainer):
     def _score(self, policy: nn.Module, token_ids: Sequence[int]) -> torch.Tensor:
         with self.accelerator.autocast():
             return probe.trainer_logprobs(policy, token_ids)
-
-    def _probe_token_ids(self) -> list[int]:
-        """The first tokens of the first training prompt: text of the run's own kind, the same at every sync.  Where
-        environments make the prompts, what TRL begins them with."""
-        prompt = next(iter(self.train_dataset)).get("prompt", [{"role": "user", "content": ""}])
-        return encode_prompts([prompt], self.processing_class)[0][:PROBE_TOKENS]
 
     def _timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -447,6 +441,13 @@ class FuraGRPOTrainer(GRPOTrainer):
         """Evaluation always starts from a fresh sync: weights may have moved without a step (best model loaded)."""
         self._last_loaded_step = -1
         return super().evaluation_loop(*args, **kwargs)
+
+
+def probe_token_ids(dataset: Iterable[dict[str, Any]], processing_class: Any) -> list[int]:
+    """The first tokens of the first training prompt: text of the run's own kind, the same at every sync.  Where
+    environments make the prompts, what TRL begins them with."""
+    prompt = next(iter(dataset)).get("prompt", [{"role": "user", "content": ""}])
+    return encode_prompts([prompt], processing_class)[0][:PROBE_TOKENS]
 
 
 @contextmanager

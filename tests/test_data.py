@@ -5,7 +5,7 @@ import re
 
 import pytest
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor
 from trl import DatasetMixtureConfig
 from trl.scripts.utils import DatasetConfig
 
@@ -74,6 +74,22 @@ def test_a_tokenizer_without_chat_template_gets_plain_prompts(tmp_path):
     [row] = load(script, plain)
     assert row["prompt"] == "1+1?"
     assert encode_prompts(["1+1?"], plain) == [plain("1+1?")["input_ids"]]
+
+
+def test_of_a_prompt_with_images_the_text_is_encoded():
+    """With a processor, as a vision-language model has it, whose templates give text and not tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)
+    tokenizer.image_token = "<image>"
+    images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    processor = LlavaProcessor(images, tokenizer, patch_size=8, vision_feature_select_strategy="default")
+    message = {"role": "user", "content": "1+1?"}
+    parts = [{"type": "image", "image": None}, {"type": "text", "text": "1+1?"}]
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for p in m.content %}{{ p.text if p.type == 'text' else 'picture' }}{% endfor %}{% endif %}{% endfor %}"
+    )
+    expected = tokenizer("1+1?")["input_ids"]
+    assert encode_prompts([[message], [message | {"content": parts}]], processor) == [expected] * 2
 
 
 def test_system_prompt_and_template_file(tmp_path, tokenizer):
