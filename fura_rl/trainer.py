@@ -114,6 +114,8 @@ class FuraGRPOTrainer(GRPOTrainer):
         self.callback_handler.callbacks.insert(0, self.alarms)  # before the reporters, which shall see its counters
         if self.use_vllm:
             self._take_over_sync()
+        elif self.rollout_func is not None:
+            self.rollout_func = self._timed("rollout", self.rollout_func)
 
     def _make_engine(self, **kwargs: Any) -> Any:
         """vLLM's `LLM` with TRL's arguments and those TRL has no setting for.

@@ -117,6 +117,7 @@ def test_of_several_gains_the_worst_counts():
     assert math.isnan(worst_of(0.0, float("nan"), 4.0))
     certain = Gain(0.7, fresh_from=0.75)
     assert worst([Gain(0.65), certain]) == certain, "the one that is stale, though the other is further from 1"
+    assert worst([Gain(1.9, fresh_from=0.75), certain]) == certain
 
 
 def test_processes_share_the_rows_to_look_at():

@@ -46,8 +46,7 @@ SMALLEST_UPDATE = 1e-5
 
 @dataclass(frozen=True)
 class Gain:
-    """How much of a weight's update its kernel computes with; one that is `fresh_from` so much on can be told from a
-    stale one."""
+    """How much of a weight's update its kernel computes with, and the least of it that a fresh kernel may show."""
 
     value: float
     fresh_from: float = STALE_BELOW
@@ -58,9 +57,11 @@ class Gain:
         return self.fresh_from <= self.value <= LOST_ABOVE
 
     @property
-    def doubt(self) -> float:
-        """The distance from 1, in that of the least that is fresh; of no number infinite."""
-        return math.inf if math.isnan(self.value) else abs(self.value - 1) / (1 - self.fresh_from)
+    def badness(self) -> tuple[bool, float]:
+        """Whether it is stale, and how far from 1, in the distance of the least that is fresh; no number is infinitely
+        far."""
+        distance = math.inf if math.isnan(self.value) else abs(self.value - 1) / (1 - self.fresh_from)
+        return not self.is_fresh, distance
 
 
 @dataclass(frozen=True)
@@ -286,8 +287,8 @@ def fresh_from(update_size: float, syncs: int) -> float:
 
 
 def worst(gains: Iterable[Gain]) -> Gain:
-    """The one furthest from 1, as far as each can be told from it; one that is not a number is further than any."""
-    return max(gains, key=lambda gain: gain.doubt)
+    """A stale one before any other, then the one furthest from 1, as far as each can be told from it."""
+    return max(gains, key=lambda gain: gain.badness)
 
 
 def stale_modules(gains: Mapping[str, Gain]) -> list[str]:
