@@ -177,6 +177,13 @@ def start_llm(folder: Path, dtype: str = "float32", **options: object) -> Any:
     return ENGINES[-1]
 
 
+def leave_weights_unpacked(patch: pytest.MonkeyPatch) -> None:
+    """Have CPU engines that start from here on keep their weights as a checkpoint lays them out."""
+    patch.setattr("vllm._custom_ops._supports_onednn", False)
+    # small weights of 16 bits, on a processor with matrix tiles (AMX)
+    patch.setattr("vllm.model_executor.layers.utils.check_cpu_sgl_kernel", lambda *shape_and_dtype: False)
+
+
 @contextmanager
 def one_trainer_engine() -> Iterator[None]:
     """Every `FuraGRPOTrainer` made in here gets the engine that the first one started."""

@@ -92,9 +92,10 @@ def test_what_lacks_a_third_of_an_update_is_stale_where_rounding_leaves_no_doubt
 def test_of_several_syncs_one_that_is_missing_counts(base):
     audit, new = KernelAudit(), base + 0.01 * torch.randn_like(base)
     expect(audit, new, base)
-    one_behind = Matrices(torch.float32, layer=torch.lerp(base, new, 0.8))
-    assert stale_modules(audit.gains(one_behind)) == []
-    assert stale_modules(audit.gains(one_behind, syncs=5)) == ["layer"]
+    for held, stale_of_one, stale_of_five in [(0.99, [], []), (0.8, [], ["layer"]), (3.0, ["layer"], ["layer"])]:
+        engine = Matrices(torch.float32, layer=torch.lerp(base, new, held))
+        assert stale_modules(audit.gains(engine)) == stale_of_one
+        assert stale_modules(audit.gains(engine, syncs=5)) == stale_of_five
 
 
 def test_an_update_of_several_syncs_must_be_as_much_larger_to_be_judged_by(base):

@@ -4,7 +4,7 @@ import time
 from importlib.resources import files
 
 import pytest
-from conftest import PARITY_NATS, make_random_checkpoint
+from conftest import PARITY_NATS, leave_weights_unpacked, make_random_checkpoint
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -41,9 +41,8 @@ def letters(completions, **_):
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_rollout_function_of_two_turns_is_one_rollout(shared, tmp_path, monkeypatch):
     """Both turns of the policy that is trained, each with draws of its own; the time of both is that of rollouts."""
-    if shared:  # where a CPU engine does not pack its weights, see test_single_copy.py
-        monkeypatch.setattr("vllm._custom_ops._supports_onednn", False)
-        monkeypatch.setattr("vllm.model_executor.layers.utils.check_cpu_sgl_kernel", lambda *_: False)
+    if shared:
+        leave_weights_unpacked(monkeypatch)
     first_turns = []
 
     def two_turns(prompts, trainer):

@@ -3,7 +3,7 @@ with it the engine keeps them in the checkpoint's layout, as on a GPU."""
 
 import pytest
 import torch
-from conftest import PARITY_NATS, REPOSITORY, perturb_trained, start_llm
+from conftest import PARITY_NATS, REPOSITORY, leave_weights_unpacked, perturb_trained, start_llm
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
@@ -28,9 +28,7 @@ OPTIONS = [
 @pytest.fixture(scope="module", autouse=True)
 def unpacked():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vllm._custom_ops._supports_onednn", False)
-        # small weights of 16 bits, on a processor with matrix tiles (AMX)
-        patch.setattr("vllm.model_executor.layers.utils.check_cpu_sgl_kernel", lambda *shape_and_dtype: False)
+        leave_weights_unpacked(patch)
         yield
 
 
