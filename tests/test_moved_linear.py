@@ -33,7 +33,7 @@ def test_output_and_gradients_are_those_of_float64(dtype, tokens, has_bias, larg
         monkeypatch.setattr(moved_linear, "LARGE_BYTES", 1)
     monkeypatch.setattr(moved_linear, "PART_BYTES", 2 * N * SIZE * dtype.itemsize)
     monkeypatch.setattr(blocks, "TOKENS_IN_CACHE", 2)
-    monkeypatch.setattr(blocks, "TOKENS_IN_A_SUM", 3)
+    monkeypatch.setattr(blocks, "tokens_in_a_sum", lambda blocks: 3)
     layer = nn.Linear(N * SIZE, OUT, bias=has_bias, dtype=dtype).requires_grad_(False)
     results = []
     for function in (moved_linear.moved_linear, composed):

@@ -26,9 +26,10 @@ from fura_rl.adapters import block_kernels
 
 SMALL_CPU_BATCH = 768  # tokens below which a copy costs less than one kernel launch per block (measured, 2 cores)
 TOKENS_IN_CACHE = 256  # tokens whose activations a CPU keeps in cache between two products
-# Tokens summed over at once by a CPU in 32 bits and more: of one block each lies in pages of its own, and with many the
-# processor looks up addresses half of the time (measured, 1,024 to 18,944 wide; 256 take up to 1.8 times as long)
-TOKENS_IN_A_SUM = 48
+# Tokens summed over at once by a CPU in 32 bits and more.  Where a token fills a page, those of one block lie in pages
+# of their own, and with many the processor looks up addresses half of the time (measured, 1,024 to 18,944 wide; 256
+# take up to 1.8 times as long).  Narrower ones are summed a cache-full at a time: 128 wide, 48 take four times as long.
+PAGE_BYTES, TOKENS_IN_A_SUM, SUM_BYTES = 2**12, 48, 2**19
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
@@ -201,7 +202,7 @@ def token_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         narrow = left.is_cuda and left.dtype != dtype
         return torch.bmm(left.mT, right, out_dtype=dtype) if narrow else torch.bmm(left.mT, right).to(dtype)
     total = None
-    size = TOKENS_IN_CACHE if left.dtype != dtype else TOKENS_IN_A_SUM
+    size = tokens_in_a_sum(left) if left.dtype == dtype else TOKENS_IN_CACHE
     for left_part, right_part in zip(token_parts(left, size), token_parts(right, size), strict=True):
         if left.dtype != dtype:
             product = torch.bmm(left_part.contiguous().mT, right_part.contiguous())
@@ -211,6 +212,13 @@ def token_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         else:
             total.baddbmm_(left_part.mT, right_part)
     return total
+
+
+def tokens_in_a_sum(blocks: torch.Tensor) -> int:
+    """How many tokens of (n, tokens, b) a CPU sums over at once."""
+    n, _, b = blocks.shape
+    token_bytes = n * b * blocks.element_size()
+    return TOKENS_IN_A_SUM if token_bytes >= PAGE_BYTES else SUM_BYTES // token_bytes
 
 
 def token_parts(blocks: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
