@@ -135,8 +135,14 @@ class RolloutClient:
     def generate(
         self, prompts: list[list[int]], features: list[dict | None] | None = None, **settings: Any
     ) -> dict[str, Any]:
-        """Completions of all prompts from the one version that was synced last; raises as `of_one_version`."""
-        return self.of_one_version(lambda: self._sample(prompts, features, settings))
+        """Completions of all prompts from the one version that was synced last, empty ones of a prompt without a token;
+        raises as `of_one_version`."""
+        asked = [i for i, prompt in enumerate(prompts) if prompt]
+        theirs = None if features is None else [features[i] for i in asked]
+        output = self.of_one_version(lambda: self._sample([prompts[i] for i in asked], theirs, settings))
+        if len(asked) == len(prompts):
+            return output
+        return {key: spread(part, asked, len(prompts)) for key, part in output.items()}
 
     def of_one_version(self, sample: Callable[[], Any]) -> Any:
         """`sample()`, again and again until all of it comes from the one version that was synced last.
@@ -243,6 +249,17 @@ class ServerSampler:
 
 def joined(parts: list[Any]) -> Any:
     return None if parts[0] is None else [item for part in parts for item in part]
+
+
+def spread(part: list[list] | None, places: list[int], count: int) -> list[list] | None:
+    """`part` of the prompts at `places` alone, as many entries for each, as that of `count` prompts: [] elsewhere."""
+    if part is None:
+        return None
+    each = len(part) // len(places)
+    whole: list[list] = [[] for _ in range(count * each)]
+    for i, place in enumerate(places):
+        whole[place * each : (place + 1) * each] = part[i * each : (i + 1) * each]
+    return whole
 
 
 def split(count: int, shares: int) -> list[slice]:

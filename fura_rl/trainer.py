@@ -99,7 +99,7 @@ class FuraGRPOTrainer(GRPOTrainer):
         self.sync_reports: list[SyncReport] = []
         self.checkpoint_writers: list[Callable[[Path], None]] = []
         self._rollouts_at = (-1, True, 0)  # optimizer step, whether of training, generations there so far
-        self._in_rollout = False
+        self._in_rollout = self._in_tool_calls = False
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         timed = [self._timed("reward", reward) if callable(reward) else reward for reward in rewards if reward]
         self._client: RolloutClient | None = None
@@ -171,7 +171,7 @@ class FuraGRPOTrainer(GRPOTrainer):
             score=self._score,
         )
         generation.sync_weights = self.sync_weights
-        generation.generate = self._as_rollout(generation.generate)
+        generation.generate = self._as_rollout(self._evenly(generation.generate))
         if self.rollout_func is not None:
             self.rollout_func = self._as_rollout(self.rollout_func)
 
@@ -224,8 +224,51 @@ class FuraGRPOTrainer(GRPOTrainer):
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's, timed as a rollout where transformers generates: with vLLM that is timed closer by."""
+        if self._in_tool_calls:
+            self._any_process(True)
         generate = super()._generate_single_turn
         return (generate if self.use_vllm else self._timed("rollout", generate))(*args, **kwargs)
+
+    def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's, as many turns in every process as in the one whose rollouts take most.
+
+        In TRL a process leaves the loop once its own rollouts call no tool, while the others sync and sample in turns
+        that they take together with it (https://github.com/huggingface/trl/pull/6673): they would wait for it for
+        ever, or be answered by whatever it exchanges next.
+        """
+        if not self.use_vllm:
+            return super()._tool_call_loop(*args, **kwargs)
+        self._in_tool_calls = True
+        try:
+            rollouts = super()._tool_call_loop(*args, **kwargs)
+        finally:
+            self._in_tool_calls = False
+        while self._any_process(False):
+            self._generate_single_turn([], None, {}, num_generations=1)
+        return rollouts
+
+    def _any_process(self, samples: bool) -> bool:
+        """Whether this process or another one `samples` in the turn to come; all of them ask."""
+        return any(gather_object([samples]))
+
+    def _evenly(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        """`generate` where processes sample in one batch, of which TRL takes every one to have as many prompts as
+        itself: those with fewer fill up, with empty prompts where the client then asks nothing for them."""
+        if self.vllm_generation.mode == "server":
+            filler = []
+        elif self.args.vllm_tensor_parallel_size > 1:
+            filler = [self._tokenizer.eos_token_id]
+        else:
+            return generate
+
+        @functools.wraps(generate)
+        def evenly(prompts: list[list[int]], images: list | None, num_generations: int, **kwargs: Any) -> tuple:
+            missing = max(gather_object([len(prompts)])) - len(prompts)
+            filled = prompts + [filler] * missing, images if images is None else images + [None] * missing
+            parts = generate(*filled, num_generations, **kwargs)
+            return tuple(part if part is None else part[: len(prompts)] for part in parts)
+
+        return evenly
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's batch, after a look at what TRL passes over: rollouts of another version than the policy's, log-probs
@@ -477,7 +520,7 @@ def take_over(trainer: GRPOTrainer) -> Any:
     generation = getattr(trainer, "vllm_generation", None)
     used = (
         "_last_loaded_step", "_metrics", "_logs", "_step", "_buffered_inputs", "_generate_and_score_completions",
-        "_generate_single_turn",
+        "_generate_single_turn", "_tool_call_loop",
     )  # fmt: skip
     missing = [f"GRPOTrainer.{n}" for n in used if n not in vars(trainer) and not hasattr(GRPOTrainer, n)]
     missing += [

@@ -51,7 +51,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=float, help="begin no measurement after this long [all: 7.5, else no limit]")
     parser.add_argument("--seeds", type=int, default=5, help="seeds of the survival study [5]")
-    parser.add_argument("--steps", type=int, help="steps of a run [survival: 50, soak: 2000]")
+    parser.add_argument(
+        "--steps", type=int, help="steps of a run [survival: 50, soak: 2000]; of the drift [1000 syncs]"
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark"), help="where the results go")
     return parser.parse_args(argv)
 
@@ -101,7 +103,7 @@ def main(argv: list[str]) -> int:
         clock=time.process_time if args.cpu_time else time.perf_counter,
         budget=budget,
         seeds=args.seeds,
-        steps=args.steps or (2000 if args.benchmark == "soak" else 50),
+        steps=args.steps or {"survival": 50, "soak": 2000}.get(args.benchmark, 1000),
         out=args.out,
     )
     return measure_all(list(SHARES) if everything else [args.benchmark], settings)

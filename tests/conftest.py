@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # cores of its own: engines bind their threads to those they see
@@ -164,8 +165,11 @@ def _no_inherited_engine() -> Iterator[None]:
     """Engines end with the file that started them, and so does their process group, which a trainer made later in this
     process would take for its own."""
     yield
-    while ENGINES:
-        ENGINES.pop().llm_engine.engine_core.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gc.collect", lambda *_: 0)  # a second for each of them, and once does
+        while ENGINES:
+            ENGINES.pop().llm_engine.engine_core.shutdown()
+    gc.collect()
 
 
 def start_llm(folder: Path, dtype: str = "float32", **options: object) -> Any:

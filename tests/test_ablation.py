@@ -445,7 +445,8 @@ def test_a_killed_sweep_gives_the_table_of_an_unkilled_one(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(60)
     assert not list(killed.rglob(RESULT))
-    ablate(spec, killed)
+    shutil.copytree(tmp_path / "whole" / "lora", killed / "lora")  # the cell that would only be run once more
+    assert "2 cells, 1 done already" in ablate(spec, killed)
     assert scores(killed) == scores(tmp_path / "whole")
     lines = json.loads((killed / "results.json").read_text())["lines"]
     first_steps = {tuple(line["rewards"][0][:1]) for line in lines}

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import REPOSITORY
+from preloaded import said
 from rollout_server import child_environment
 from torch import nn
 
@@ -236,16 +237,14 @@ def a_one(completions, **_):
 
 
 RUN = [
-    *(sys.executable, "launch/grpo_math.py", "--eval_problems", "0", "--max_steps", "4", "--save_steps", "1"),
+    *("launch/grpo_math.py", "--eval_problems", "0", "--max_steps", "4", "--save_steps", "1"),
     *("--use_cpu", "true", "--per_device_train_batch_size", "16", "--alarm_patience", "2"),
     *("--alarm_entropy_frac", "0"),  # two steps of few prompts differ in entropy by themselves
 ]
 
 
-def run(*options):
-    return subprocess.run(
-        [*RUN, *map(str, options)], capture_output=True, text=True, timeout=400, cwd=REPOSITORY, env=child_environment()
-    )
+def run(*options, code=0):
+    return said(*RUN, *options, code=code, timeout=400)
 
 
 def warned(text):
@@ -258,10 +257,9 @@ def history(folder, step):
 
 @pytest.mark.slow
 def test_a_run_whose_completions_are_all_cut_says_so(tmp_path):
-    done = run("--max_completion_length", 2, "--output_dir", tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    text = run("--max_completion_length", 2, "--output_dir", tmp_path)
     expected = ["reward_constant", "groups_equal", "answers_unreadable", "completions_truncated"]
-    assert warned(done.stderr) == [(name, "2") for name in expected]
+    assert warned(text) == [(name, "2") for name in expected]
     last = [line for line in history(tmp_path, 4) if "loss" in line][-1]
     assert [name for name in ALARMS if last[f"alarms/{name}"] == 1] == expected
     assert last["alarms/on"] == 4
@@ -271,20 +269,18 @@ def test_a_run_whose_completions_are_all_cut_says_so(tmp_path):
 def test_a_run_with_a_far_too_large_rate_says_what_it_does_to_the_policy(tmp_path):
     engine = ["--vllm_dtype", "bfloat16", "--vllm_importance_sampling_correction", "true", "--alarm_gap_growth", 1.2]
     rate = ["--learning_rate", 0.1, "--beta", 1e-3, "--max_steps", 12, "--warmup_steps", 8]
-    done = run(*engine, *rate, "--reward_funcs", "test_alarms.short", "--output_dir", tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert {"rollout_gap_grows", "kl_blows_up"} <= {name for name, _ in warned(done.stderr)}
+    text = run(*engine, *rate, "--reward_funcs", "test_alarms.short", "--output_dir", tmp_path)
+    assert {"rollout_gap_grows", "kl_blows_up"} <= {name for name, _ in warned(text)}
 
 
 @pytest.mark.slow
 def test_a_run_that_is_paid_for_one_token_says_that_its_entropy_collapses(tmp_path):
     sampling = ["--max_completion_length", 1, "--temperature", 2, "--per_device_train_batch_size", 128]
     rate = ["--learning_rate", 0.02, "--max_steps", 12, "--alarm_entropy_frac", 0.5]
-    done = run(*sampling, *rate, "--reward_funcs", "test_alarms.a_one", "--output_dir", tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    text = run(*sampling, *rate, "--reward_funcs", "test_alarms.a_one", "--output_dir", tmp_path)
     entropies = [line["entropy"] for line in history(tmp_path, 12) if "loss" in line]
     assert entropies[-1] < 0.5 * entropies[0]
-    assert "entropy_collapses" in {name for name, _ in warned(done.stderr)}
+    assert "entropy_collapses" in {name for name, _ in warned(text)}
 
 
 @pytest.mark.slow
@@ -292,12 +288,11 @@ def test_a_run_with_updates_too_small_and_then_a_gradient_that_overflows(tmp_pat
     engine = ["--vllm_dtype", "bfloat16", "--vllm_importance_sampling_correction", "true"]
     cut = ["--vllm_importance_sampling_mode", "token_truncate", "--vllm_importance_sampling_clip_max", 1.0]
     reward = ["--reward_funcs", "test_alarms.by_parity"]
-    done = run(*engine, *cut, *reward, "--learning_rate", 1e-10, "--output_dir", tmp_path)
-    assert done.returncode == 1, done.stderr[-3000:]
-    assert warned(done.stderr) == [("importance_cut", "2"), ("update_lost", "3")]
-    [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    text = run(*engine, *cut, *reward, "--learning_rate", 1e-10, "--output_dir", tmp_path, code=1)
+    assert warned(text) == [("importance_cut", "2"), ("update_lost", "3")]
+    [error] = [line for line in text.splitlines() if line.startswith("error: ")]
     assert "not finite at step 4" in error or "grad_norm is inf at step 4" in error
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in text
     assert not (tmp_path / "checkpoint-4").exists(), "what is not finite is not saved"
     assert len(history(tmp_path, 3)) == 3
 
@@ -321,8 +316,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.slow
 def test_a_run_whose_engine_begins_to_compute_nan_stops_before_it_trains_on_it(tmp_path):
-    python, *command = RUN
-    words = [python, "-c", TORN_ENGINE, *command, "--output_dir", str(tmp_path)]
+    words = [sys.executable, "-c", TORN_ENGINE, *RUN, "--output_dir", str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=400, cwd=REPOSITORY, env=child_environment())
     assert done.returncode == 1, done.stderr[-3000:]
     [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -205,7 +205,6 @@ def test_async_grpo_trains_on_the_factored_sync(method, make_trainer):
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 def test_no_rollout_of_a_server_that_came_back_with_the_base_model_is_taken(make_trainer, rollout_server, monkeypatch):
     trainer = make_trainer(PEFT_CONFIGS["fura"], max_steps=1, learning_rate=0.0)
     policy = trainer.model

@@ -1,8 +1,6 @@
 """Bad input ends before an engine starts, with one clear message and a non-zero exit code, through the real script."""
 
 import dataclasses
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import yaml
 from conftest import REPOSITORY
 from datasets import Dataset
 from peft import AdaptionPromptConfig, LilyConfig, LoraConfig, PrefixTuningConfig, XLoraConfig
+from preloaded import said
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig
 
@@ -24,28 +23,22 @@ from fura_rl.trainer import FuraGRPOTrainer
 from fura_rl.trainer_settings import check_settings
 from fura_rl.validation import CHOICES, RULES, TOGETHER
 
-SCRIPT = REPOSITORY / "launch" / "grpo_math.py"
 QUICKSTART = str(REPOSITORY / "configs" / "quickstart.yaml")
 
 
-def launch(*options, timeout=240):
-    command = [sys.executable, str(SCRIPT), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=REPOSITORY)
-
-
-def refused(done, *, code=2):
+def refused(*options):
     """The one line of the error, after checking that no engine and no traceback came before it."""
-    assert done.returncode == code, done.stderr[-2000:]
-    assert "Traceback" not in done.stderr
-    assert "EngineCore" not in done.stderr + done.stdout
-    assert "Initializing a V1 LLM engine" not in done.stderr + done.stdout
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, done.stderr[-2000:]
+    text = said("launch/grpo_math.py", *options, code=2, timeout=240)
+    assert "Traceback" not in text
+    assert "EngineCore" not in text
+    assert "Initializing a V1 LLM engine" not in text
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, text[-2000:]
     return errors[0]
 
 
 def test_a_missing_model_path(tmp_path):
-    error = refused(launch("--config", QUICKSTART, "--model_name_or_path", "/no/such/model"))
+    error = refused("--config", QUICKSTART, "--model_name_or_path", "/no/such/model")
     assert "model_name_or_path='/no/such/model' does not exist" in error
 
 
@@ -54,28 +47,26 @@ def test_a_misspelt_yaml_key(tmp_path):
     settings = yaml.safe_load(Path(QUICKSTART).read_text())
     settings["lerning_rate"] = settings.pop("learning_rate")
     config.write_text(yaml.safe_dump(settings))
-    error = refused(launch("--config", config))
+    error = refused("--config", config)
     assert f"unknown setting 'lerning_rate' in {config} (did you mean 'learning_rate'?)" in error
 
 
 def test_a_dataset_without_a_gold_column(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"problem": "1+1?"}\n')
-    error = refused(launch("--config", QUICKSTART, "--dataset_name", rows, "--eval_problems", 0))
+    error = refused("--config", QUICKSTART, "--dataset_name", rows, "--eval_problems", 0)
     assert "none of the columns answer, solution" in error
     assert "answer_column" in error
 
 
 def test_a_block_size_that_does_not_divide(tmp_path):
-    error = refused(launch("--config", QUICKSTART, "--adapter_kwargs", '{"block_size": 48}', "--output_dir", tmp_path))
+    error = refused("--config", QUICKSTART, "--adapter_kwargs", '{"block_size": 48}', "--output_dir", tmp_path)
     assert "block_size=48 does not divide in_features=128" in error
     assert "use one of 16, 32, 64" in error
 
 
 def test_target_modules_that_match_nothing(tmp_path):
-    error = refused(
-        launch("--config", QUICKSTART, "--adapter_target_modules", "query_key_value", "--output_dir", tmp_path)
-    )
+    error = refused("--config", QUICKSTART, "--adapter_target_modules", "query_key_value", "--output_dir", tmp_path)
     assert "query_key_value" in error
     assert "not found" in error
 
@@ -114,13 +105,13 @@ def test_a_method_that_no_engine_can_be_served(tmp_path, monkeypatch):
 
 
 def test_a_batch_that_does_not_divide_into_groups(tmp_path):
-    error = refused(launch("--config", QUICKSTART, "--num_generations", 7))
+    error = refused("--config", QUICKSTART, "--num_generations", 7)
     assert "a batch of 128 completions is not divisible into groups of num_generations=7" in error
     assert "use num_generations=8, or a batch of 126" in error
 
 
 def test_an_unknown_adapter():
-    error = refused(launch("--config", QUICKSTART, "--adapter", "furra"))
+    error = refused("--config", QUICKSTART, "--adapter", "furra")
     assert "adapter='furra' is not one of fura, svd, qfura, lora, " in error
     assert "did you mean 'fura'?" in error
 

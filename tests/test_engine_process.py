@@ -28,7 +28,7 @@ from fura_rl.sync.remote_engine import RemoteEngine
 from fura_rl.sync.transport import RemoteSyncError
 from fura_rl.sync.weight_sync import WeightSync
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 PROBE = list(range(5, 45))
 CASES = {
     "fura": ("fura", None, None),

@@ -1,11 +1,15 @@
 """Rollouts of more than one turn, as TRL has them: functions of the user's own, tools, environments."""
 
+import json
 import time
 from importlib.resources import files
 
 import pytest
 from conftest import PARITY_NATS, leave_weights_unpacked, make_random_checkpoint
 from datasets import Dataset
+from playing_processes import CALL, TURNS
+from rollout_server import RolloutServer
+from test_distributed import run_launched
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -76,7 +80,7 @@ def talker(tmp_path_factory):
     tokenizer.add_tokens(["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     fast.chat_template = (files("trl") / "chat_templates" / "qwen3.jinja").read_text()
-    settings = {"vocab_size": len(fast), "max_position_embeddings": 1024, "eos_token_id": fast.eos_token_id}
+    settings = {"vocab_size": len(fast), "max_position_embeddings": 2048, "eos_token_id": fast.eos_token_id}
     folder = make_random_checkpoint(tmp_path_factory.mktemp("talker") / "model", "qwen3", **settings)
     fast.save_pretrained(folder)
     return folder
@@ -115,9 +119,8 @@ class Counter:
     ids=["chosen by the row", "without a dataset", "with prompts"],
 )
 def test_environments_are_played_with_the_policy_that_is_trained(talker, tmp_path, rows, factory):
-    call = r'<tool_call>\n\{"name": "bump", "arguments": \{"by": [0-9]\}\}\n</tool_call>'
     settings = {
-        "max_completion_length": 110, "vllm_structured_outputs_regex": call, "max_tool_calling_iterations": 1,
+        "max_completion_length": 110, "vllm_structured_outputs_regex": CALL, "max_tool_calling_iterations": 1,
         "vllm_max_model_length": 1024, "max_steps": 2, "chat_template_kwargs": {"enable_thinking": False},
         "vllm_importance_sampling_correction": False,  # what a regex leaves open is not the policy's distribution
     }  # fmt: skip
@@ -127,3 +130,26 @@ def test_environments_are_played_with_the_policy_that_is_trained(talker, tmp_pat
     assert all(entry["sync/probe_max_gap"] < PARITY_NATS for entry in log)
     assert all(entry["grad_norm"] > 0 for entry in log)
     assert trainer.phase_seconds["rollout"] > 0.1
+
+
+@pytest.mark.parametrize("mode", ["server", "shared", "cut"])
+def test_processes_whose_rollouts_take_different_turns_play_together(talker, tmp_path, mode):
+    """Each is given the completions of its own prompts, and none waits for one that is done."""
+    server = RolloutServer(talker, tmp_path / "server.log", "--max-model-len", "2048") if mode == "server" else None
+    try:
+        url = [server.start().wait_until_up().url] if server else []
+        done = run_launched("ddp", "tests/playing_processes.py", talker, tmp_path, mode, *url)
+    finally:
+        if server:
+            server.stop()
+    assert "Traceback" not in done.stderr, done.stderr[-5000:]
+    notes = [json.loads((tmp_path / f"{process}.json").read_text()) for process in (0, 1)]
+    for note in notes:
+        assert [entry["tools/call_frequency"] for entry in note["log"]] == [sum(TURNS) / len(TURNS)] * 2
+    assert [entry["step"] for entry in notes[0]["log"]] == [1, 2]
+    assert all(entry["sync/probe_max_gap"] < PARITY_NATS for entry in notes[0]["log"])
+    turns = [[len(pairs) for pairs in note["given"]] for note in notes]
+    assert turns == [[4, 2, 2, 2] * 2, [4, 4, 0, 0] * 2], "of the last two the second process has none"
+    for note in notes:
+        made = [pair for pairs in (notes[0] if server else note)["made"] for pair in pairs]
+        assert all(pair in made for pairs in note["given"] for pair in pairs)

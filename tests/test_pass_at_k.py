@@ -2,22 +2,13 @@
 
 import json
 import re
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from conftest import REPOSITORY
+from preloaded import said, started
 
 pytestmark = pytest.mark.slow
-SCRIPT = [sys.executable, "launch/pass_at_k.py", "--num_samples", "16", "--k", "1", "4", "16", "--max_problems", "300"]
-
-
-def run(*options):
-    done = subprocess.run([*SCRIPT, *map(str, options)], capture_output=True, text=True, timeout=600, cwd=REPOSITORY)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done
+SCRIPT = ["launch/pass_at_k.py", "--num_samples", "16", "--k", "1", "4", "16", "--max_problems", "300"]
 
 
 def lines(folder):
@@ -28,26 +19,25 @@ def lines(folder):
 @pytest.fixture(scope="module")
 def unkilled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unkilled")
-    return run("--output", folder).stdout, folder
+    return said(*SCRIPT, "--output", folder), folder
 
 
 def test_a_killed_run_resumes_to_the_file_of_an_unkilled_one(unkilled, tmp_path):
     _, folder = unkilled
-    with open(tmp_path / "log.txt", "w") as log:
-        process = subprocess.Popen([*SCRIPT, "--output", str(tmp_path)], stdout=log, stderr=log, cwd=REPOSITORY)
-        deadline = time.monotonic() + 300
-        while len(lines(tmp_path)) < 300 + 2048:  # the greedy pass and the first batch
-            assert process.poll() is None, (tmp_path / "log.txt").read_text()[-3000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait(60)
+    process = started(*SCRIPT, "--output", tmp_path, log=tmp_path / "log.txt")
+    deadline = time.monotonic() + 300
+    while len(lines(tmp_path)) < 300 + 2048:  # the greedy pass and the first batch
+        assert process.is_alive(), (tmp_path / "log.txt").read_text()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.join(60)
     killed = lines(tmp_path)
     assert len(killed) < 300 * 17, "the kill must come before the end"
     with open(tmp_path / "quickstart" / "samples.jsonl", "a") as file:
         file.write('{"pass": "sampled", "batch": 256, "problem": 256, "samp')  # as a kill amid a write leaves it
     before = (tmp_path / "quickstart" / "config.json").read_text()
-    text = run("--output", tmp_path).stderr
+    text = said(*SCRIPT, "--output", tmp_path)
     first_shown = int(re.search(r"sampling:.*?\| (\d+)/5100", text).group(1))
     assert first_shown >= 300 + 2048, "what was there is not sampled again"
     assert lines(tmp_path) == lines(folder)
@@ -59,7 +49,7 @@ def test_a_killed_run_resumes_to_the_file_of_an_unkilled_one(unkilled, tmp_path)
 
 def test_an_evaluation_is_repeated_from_its_folder(unkilled, tmp_path):
     _, folder = unkilled
-    run("--rerun", folder, "--output", tmp_path)
+    said(*SCRIPT, "--rerun", folder, "--output", tmp_path)
     assert lines(tmp_path) == lines(folder)
     assert (tmp_path / "arguments.json").read_text() == (folder / "arguments.json").read_text()
 
@@ -94,12 +84,7 @@ def test_an_independent_grader_and_estimator_agree_with_the_summary(unkilled):
 
 def test_two_runs_are_compared_and_a_foreign_folder_is_refused(unkilled, tmp_path):
     _, folder = unkilled
-    compare = [sys.executable, "launch/pass_at_k.py", "--compare"]
-    done = subprocess.run([*compare, folder, folder], capture_output=True, text=True, cwd=REPOSITORY, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert re.search(r"pass@16 .*\+0\.000 .*\+0\.000 to \+0\.000", done.stdout)
-    done = subprocess.run(
-        [*SCRIPT, "--seed", "1", "--output", str(folder)], capture_output=True, text=True, cwd=REPOSITORY, timeout=120
-    )
-    assert done.returncode == 2
-    assert "holds another run (passes: " in done.stderr
+    compared = said("launch/pass_at_k.py", "--compare", folder, folder)
+    assert re.search(r"pass@16 .*\+0\.000 .*\+0\.000 to \+0\.000", compared)
+    refusal = said(*SCRIPT, "--seed", 1, "--output", folder, code=2)
+    assert "holds another run (passes: " in refusal

@@ -21,26 +21,24 @@ PROBE = list(range(5, 45))
 
 
 @pytest.fixture
-def servers(tied_checkpoint, tmp_path, monkeypatch):
+def servers(rollout_server, tmp_path, monkeypatch):
+    """The second one wants a token, for which the first one does not ask."""
     monkeypatch.setenv("FURA_ROLLOUT_TOKEN", "a secret of this test")
-    servers = [RolloutServer(tied_checkpoint, tmp_path / f"server-{i}.log").start() for i in range(2)]
+    second = RolloutServer(rollout_server.model, tmp_path / "server.log").start()
     try:
-        for server in servers:
-            server.wait_until_up()
-        yield servers
+        yield [rollout_server.wait_until_up(), second.wait_until_up()]
     finally:
-        for server in servers:
-            server.stop()
+        second.stop()
 
 
 @pytest.mark.slow
-def test_every_replica_serves_the_version_that_was_synced(servers, tied_checkpoint, monkeypatch):
+def test_every_replica_serves_the_version_that_was_synced(servers, monkeypatch):
     with monkeypatch.context() as stranger:
         stranger.setenv("FURA_ROLLOUT_TOKEN", "a guess of this test")
         with pytest.raises(RemoteSyncError, match=r"wants another token; set FURA_ROLLOUT_TOKEN to the server's"):
-            RolloutClient(servers[0].url, 120.0).engine.transport.call("fura_status")
+            RolloutClient(servers[1].url, 120.0).engine.transport.call("fura_status")
     client = RolloutClient(",".join(server.url for server in servers), 120.0)
-    model = AutoModelForCausalLM.from_pretrained(tied_checkpoint, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(servers[0].model, dtype=torch.float32)
     policy = get_peft_model(model, peft_config_for("fura", ModelConfig(), None, None))
     sync = WeightSync(policy, client.engine, PROBE, probe_every=1)
     for step in range(2):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -21,6 +20,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from preloaded import started
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -63,37 +63,15 @@ def command(folder: Path, *more: str) -> list[str]:
     return [*SETTINGS, "--dataset_name", str(data), "--output_dir", str(folder), *more]
 
 
-def launch(argv: list[str], log: Path) -> None:
-    """In a process of its own: launch/grpo_math.py, with what it prints in `log`."""
-    import runpy
-    import sys
-
-    with open(log, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    script = Path(__file__).resolve().parent.parent / "launch" / "grpo_math.py"
-    sys.argv = [str(script), *argv]
-    runpy.run_path(str(script), run_name="__main__")
-
-
-@pytest.fixture(scope="module")
-def server() -> Any:
-    """Starts processes from one that has only imported what a run needs: half of a start is imports."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fura_rl.run", "vllm", "trl.trainer.grpo_trainer"])
-    return context
-
-
 class Launched:
     """A run in another process."""
 
-    def __init__(self, context: Any, folder: Path, *more: str) -> None:
+    def __init__(self, folder: Path, *more: str) -> None:
         self.folder, self.log = folder, folder.parent / f"{folder.name}.txt"
         self.ready = folder / "resolved_config.yaml"  # written when everything is loaded
         self.ready.unlink(missing_ok=True)
         self.found = set(folder.glob("checkpoint-*"))
-        self.process = context.Process(target=launch, args=(command(folder, *more), self.log))
-        self.process.start()
+        self.process = started("launch/grpo_math.py", *command(folder, *more), log=self.log)
 
     def has_saved(self) -> bool:
         return bool(set(self.folder.glob("checkpoint-*")) - self.found)
@@ -168,20 +146,20 @@ def different(a: Any, b: Any, path: str = "") -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(server, tmp_path_factory) -> Callable[[str], tuple[dict[str, Any], tuple[float, float]]]:
+def uninterrupted(tmp_path_factory) -> Callable[[str], tuple[dict[str, Any], tuple[float, float]]]:
     """kind of run -> its outcome, and the seconds that its parts take; run once."""
 
     @functools.cache
     def run(kind: str) -> tuple[dict[str, Any], tuple[float, float]]:
         folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-        seconds = Launched(server, folder, *KINDS[kind]).finish()
+        seconds = Launched(folder, *KINDS[kind]).finish()
         return outcome(folder), seconds
 
     return run
 
 
 @pytest.mark.parametrize("kind", KINDS if KILLS else KILLS_IN_CI)
-def test_a_run_killed_at_random_moments_is_the_run_that_was_not(kind, server, uninterrupted, tmp_path):
+def test_a_run_killed_at_random_moments_is_the_run_that_was_not(kind, uninterrupted, tmp_path):
     """One kill in three falls into the first generation of a start, the others between its first save and its end."""
     wanted = int(KILLS or KILLS_IN_CI[kind])
     expected, (first_step, other_steps) = uninterrupted(kind)
@@ -189,7 +167,7 @@ def test_a_run_killed_at_random_moments_is_the_run_that_was_not(kind, server, un
     folder = tmp_path / "run"
     kills, told = 0, []
     while kills < wanted:
-        run, early = Launched(server, folder, *KINDS[kind]), kills % 3 == 2
+        run, early = Launched(folder, *KINDS[kind]), kills % 3 == 2
         moment = moments.uniform(0, first_step if early else other_steps * min(1, 2 / wanted))
         if not run.kill_after(moment, run.ready.exists if early else run.has_saved):
             assert different(expected, outcome(folder)) == [], told
@@ -198,7 +176,7 @@ def test_a_run_killed_at_random_moments_is_the_run_that_was_not(kind, server, un
         kills += 1
         told.append((round(moment, 2), sorted(path.name for path in folder.glob("*checkpoint*"))))
     print(told)
-    Launched(server, folder, *KINDS[kind]).finish()
+    Launched(folder, *KINDS[kind]).finish()
     assert different(expected, outcome(folder)) == [], told
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-11", f"checkpoint-{STEPS}"]
     assert not (folder / "_unfinished").exists()
@@ -210,7 +188,7 @@ def test_a_run_killed_at_random_moments_is_the_run_that_was_not(kind, server, un
     ids=["anything next", "a log next"],
 )
 def test_a_disk_that_fills_up_stops_the_run_with_one_message_and_loses_nothing(
-    save_steps, says, server, uninterrupted, tmp_path
+    save_steps, says, uninterrupted, tmp_path
 ):
     """Where every step saves, a checkpoint or a log meets the full disk first; where every fourth does, the log."""
     disk = tmp_path / "run"  # the run folder alone: what the run says about it is kept elsewhere
@@ -220,7 +198,7 @@ def test_a_disk_that_fills_up_stops_the_run_with_one_message_and_loses_nothing(
         pytest.skip("needs the right to mount a file system")
     try:
         settings = ["--save_steps", str(save_steps)]
-        run = Launched(server, disk, *settings)
+        run = Launched(disk, *settings)
         # what still follows of the saving looks for room itself
         run.wait_until(lambda: (disk / "checkpoint-4").exists() and not (disk / "_unfinished").exists())
         with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as file:
@@ -232,7 +210,7 @@ def test_a_disk_that_fills_up_stops_the_run_with_one_message_and_loses_nothing(
         assert "error: " in run.said()
         assert says in run.said()
         (disk / "filler").unlink()
-        Launched(server, disk, *settings).finish()
+        Launched(disk, *settings).finish()
         assert different(uninterrupted("fura")[0], outcome(disk)) == []
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=False)

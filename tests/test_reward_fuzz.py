@@ -195,7 +195,6 @@ atheris.Fuzz()
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 def test_atheris_finds_no_crash_and_no_hang(tmp_path):
     """Coverage-guided, 60 seconds; an input that takes over 5 s, or 1 GiB at once, counts as a find.
 

@@ -34,7 +34,7 @@ from fura_rl.sync.remote_engine import RemoteEngine
 from fura_rl.sync.transport import EngineLostError, OwnedByAnotherError, RemoteSyncError
 from fura_rl.sync.weight_sync import WeightSync
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 RECOVERY_SECONDS = 30
 PROMPTS = [TOKENS[:n] for n in (8, 12, 16, 20)]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import PARITY_NATS, perturb_trained, relative_error, start_llm
+from conftest import PARITY_NATS, make_tiny_checkpoint, perturb_trained, relative_error, start_llm
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -28,14 +28,20 @@ PROMPT = "<|user|>What is 27 + 15?<|end|><|assistant|>27+15=42 \\boxed{42}"
 
 
 @pytest.fixture(scope="module")
-def engines(tied_checkpoint, untied_checkpoint, bfloat16_checkpoint):
+def engines(tied_checkpoint, untied_checkpoint, bfloat16_checkpoint, tmp_path_factory):
     """One live engine per checkpoint, started when first asked for."""
-    folders = {"tied": tied_checkpoint, "untied": untied_checkpoint, "bfloat16": bfloat16_checkpoint}
+    one_layer = make_tiny_checkpoint(
+        tmp_path_factory.mktemp("one_layer"), tied=True, dtype=torch.bfloat16, num_hidden_layers=1
+    )
+    folders = {
+        "tied": tied_checkpoint, "untied": untied_checkpoint, "bfloat16": bfloat16_checkpoint,
+        "bfloat16, one layer": one_layer,
+    }  # fmt: skip
     started = {}
 
     def get(name):
         if name not in started:
-            dtype = "bfloat16" if name == "bfloat16" else "float32"
+            dtype = "bfloat16" if name.startswith("bfloat16") else "float32"
             started[name] = InProcessEngine(start_llm(folders[name], dtype, block_size=32))
         return started[name], folders[name]
 
@@ -157,7 +163,7 @@ def test_whole_modules_trained_beside_an_adapter_arrive_where_nothing_is_tied(en
 
 @pytest.mark.parametrize("adapter", SLOW)
 def test_a_bfloat16_base_is_bit_identical_after_a_thousand_syncs(engines, adapter):
-    policy, sync = make_sync(*engines("bfloat16"), adapter, dtype=torch.bfloat16)
+    policy, sync = make_sync(*engines("bfloat16, one layer"), adapter, dtype=torch.bfloat16)
     before = {name: p.detach().clone() for name, p in policy.named_parameters() if not p.requires_grad}
     sync.probe_every = 100
     for step in range(1000):

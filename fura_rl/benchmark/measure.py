@@ -37,7 +37,7 @@ class Settings:
     clock: Callable[[], float] = time.perf_counter  # seconds; `time.process_time` where others share the machine
     budget: Budget = field(default_factory=Budget)
     seeds: int = 5  # of studies that train
-    steps: int = 50  # of each of their runs
+    steps: int = 50  # of each of their runs; and syncs after which a base weight is looked at for drift
     out: Path = Path("outputs/benchmark")  # where studies keep what they have finished
 
 

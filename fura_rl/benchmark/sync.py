@@ -40,7 +40,7 @@ RANK = 32  # LoRA's
 TOKENS = list(range(3, 35))
 NEVER = 10**9
 COPY_BYTES = 2**28
-DRIFT, DRIFT_SIZE, DRIFT_SYNCS = "drift", "tiny", 1000
+DRIFT, DRIFT_SIZE = "drift", "tiny"
 Phases = dict[str, float]
 
 METHODS: dict[str, Callable[[], PeftConfig]] = {
@@ -299,7 +299,7 @@ def payload_row(size: str, method: str) -> dict[str, Any]:
 
 
 def drift_rows(settings: Settings, size: str, checkpoint: Path) -> Iterator[dict[str, Any]]:
-    """The mean move of a base weight after DRIFT_SYNCS syncs of a policy in `settings.dtype`, over its mean size."""
+    """The mean move of a base weight in `settings.dtype` after `settings.steps` syncs, over its mean size."""
     from fura_rl.sync.vllm_engine import InProcessEngine
 
     engine = InProcessEngine(sync_engines.start_in_process(settings, checkpoint))
@@ -309,11 +309,11 @@ def drift_rows(settings: Settings, size: str, checkpoint: Path) -> Iterator[dict
             step = functools.partial(take_step, policy, torch.Generator(settings.device).manual_seed(0))
             way = in_process_ways(policy, engine)[name]
             start = base_weights(policy)
-            for _ in range(DRIFT_SYNCS):
+            for _ in range(settings.steps):
                 step()
                 way.time_once(settings.device)
             moved = (base_weights(policy) - start).abs().mean() / start.abs().mean()
-            what = f"{name}, {DRIFT_SYNCS} times in {sync_engines.dtype_name(settings.dtype)}"
+            what = f"{name}, {settings.steps} times in {sync_engines.dtype_name(settings.dtype)}"
             row = {"model": size, "method": method, "sync": what} | way.result() | {"base_drift_frac": float(moved)}
             print(f"  {row}", flush=True)
             yield row
