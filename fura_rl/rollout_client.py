@@ -45,8 +45,9 @@ class SingleClient(VLLMClient):
         transport.request("GET", "/v1/models")  # a wrong token is told as such, before TRL asks
 
     @contextlib.contextmanager
-    def asked_for(self, prompts: list[list[int]], n: int, max_tokens: int) -> Iterator[None]:
-        """Around a request for `n` completions of each of `prompts`: what goes wrong is said with its mend.
+    def asked_for(self, count: int, max_tokens: int, longest: int = 0) -> Iterator[None]:
+        """Around a request for `count` completions of prompts of up to `longest` tokens (0: not known); what goes wrong
+        is said with its mend.
 
         Raises:
             EngineLostError: where they are not here in time, or the engine behind the server is dead (5xx).
@@ -56,7 +57,7 @@ class SingleClient(VLLMClient):
             yield
         except requests.Timeout as error:
             raise EngineLostError(
-                f"{self.base_url} did not send {n * len(prompts)} completions of up to {max_tokens} tokens in time, "
+                f"{self.base_url} did not send {count} completions of up to {max_tokens} tokens in time, "
                 f"within vllm_server_timeout={self.timeout:g} s: if it was still at work, raise vllm_server_timeout, "
                 "ask for fewer or shorter completions, or add a server; if it hangs, restart it"
             ) from error
@@ -66,14 +67,14 @@ class SingleClient(VLLMClient):
             if str(error).startswith("Request failed: 5"):
                 raise EngineLostError(f"{self.base_url}: {error}"[:500]) from error
             if isinstance(error, RemoteSyncError) or str(error).startswith("Request failed: "):
-                raise self._refusal(max(map(len, prompts)), max_tokens, f"{error}"[:500]) from error
+                raise self._refusal(longest, max_tokens, f"{error}"[:500]) from error
             raise
 
     def _refusal(self, prompt_length: int, max_tokens: int, words: str) -> RemoteSyncError:
         """Why the server refused: too long for it, or else in its own words."""
         limit = HttpTransport(self.base_url).request("GET", "/v1/models")["data"][0]["max_model_len"]
         needed = prompt_length + max_tokens
-        if needed <= limit:
+        if needed <= limit or not prompt_length:
             return RemoteSyncError(f"{self.base_url} refused to sample: {words}")
         return RemoteSyncError(
             f"a prompt of {prompt_length} tokens with max_completion_length={max_tokens} needs {needed}, but "
@@ -83,7 +84,7 @@ class SingleClient(VLLMClient):
 
 
 class RolloutClient:
-    """What TRL's `VLLMGeneration` wants of a client in server mode, over one server or several replicas.
+    """What TRL's `VLLMGeneration` and rollout functions want of a client, over one server or several replicas.
 
     Args:
         base_url: the server's address, or several with commas between.
@@ -144,6 +145,15 @@ class RolloutClient:
             return output
         return {key: spread(part, asked, len(prompts)) for key, part in output.items()}
 
+    def chat(self, messages: list[list[dict]], **settings: Any) -> dict[str, Any]:
+        """`generate` for conversations, whose prompts the server makes; settings as in TRL's `VLLMClient.chat`."""
+
+        def ask(client: SingleClient, share: slice, settings: dict) -> dict[str, Any]:
+            with client.asked_for(*size_of(share, settings)):
+                return client.chat(messages=messages[share], **settings)
+
+        return self.of_one_version(lambda: self._ask_all(ask, len(messages), settings))
+
     def of_one_version(self, sample: Callable[[], Any]) -> Any:
         """`sample()`, again and again until all of it comes from the one version that was synced last.
 
@@ -182,17 +192,27 @@ class RolloutClient:
         ]
 
     def _sample(self, prompts: list[list[int]], features: list[dict | None] | None, settings: dict) -> dict[str, Any]:
-        """Split over the replicas, in order."""
-
         def ask(client: SingleClient, share: slice, settings: dict) -> dict[str, Any]:
             part = None if features is None else features[share]
-            with client.asked_for(prompts[share], settings.get("n", 1), settings.get("max_tokens", 16)):
+            longest = max(map(len, prompts[share]))
+            with client.asked_for(*size_of(share, settings), longest):
                 return client.generate(prompts=prompts[share], features=part, **settings)
 
-        calls = self._calls(len(prompts), settings)
+        return self._ask_all(ask, len(prompts), settings)
+
+    def _ask_all(
+        self, ask: Callable[[SingleClient, slice, dict], dict[str, Any]], count: int, settings: dict
+    ) -> dict[str, Any]:
+        """What all servers say that `ask` is put to, each for its share of `count` prompts, in order."""
+        calls = self._calls(count, settings)
         with ThreadPoolExecutor(min(len(calls), MAX_REQUESTS)) as pool:
             outputs = list(pool.map(lambda call: ask(*call), calls))
         return {key: joined([output[key] for output in outputs]) for key in outputs[0]}
+
+
+def size_of(share: slice, settings: dict[str, Any]) -> tuple[int, int]:
+    """How many completions are asked for, and of how many tokens at most; 1 and 16 are TRL's defaults."""
+    return settings.get("n", 1) * (share.stop - share.start), settings.get("max_tokens", 16)
 
 
 @dataclass(frozen=True)
@@ -240,7 +260,7 @@ class ServerSampler:
             return []
         body = {"model": client.model, "prompt": prompts, **settings}
         transport = HttpTransport(client.base_url, timeout=self.client.timeout)
-        with client.asked_for(prompts, settings["n"], settings["max_tokens"]):
+        with client.asked_for(settings["n"] * len(prompts), settings["max_tokens"], max(map(len, prompts))):
             return transport.request("POST", "/v1/completions", json=body)["choices"]
 
     def reset_prefix_cache(self) -> None:

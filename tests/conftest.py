@@ -181,6 +181,13 @@ def start_llm(folder: Path, dtype: str = "float32", **options: object) -> Any:
     return ENGINES[-1]
 
 
+def forget_cut_engines() -> None:
+    """Drop what a run that was killed has left of an engine cut up between its processes: vLLM's CPU engines name their
+    shared memory alike, and a second one of that name is not made."""
+    for left in Path("/dev/shm").glob("-tp:*"):
+        left.unlink()
+
+
 def leave_weights_unpacked(patch: pytest.MonkeyPatch) -> None:
     """Have CPU engines that start from here on keep their weights as a checkpoint lays them out."""
     patch.setattr("vllm._custom_ops._supports_onednn", False)

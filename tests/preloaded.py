@@ -1,6 +1,6 @@
 """Scripts of the project run in processes that are forked from one that has imported what they need.
 
-Half of a start is imports.  What a script does from its first line on is the same as under `python`.
+Half of a start is imports.  Everything else is as under `python`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def started(script: str, *arguments: object, log: Path) -> BaseProcess:
     return process
 
 
-def ended(script: str, *arguments: object, timeout: float = 900) -> tuple[int | None, str]:
-    """The exit status of `python script arguments`, and all that it prints."""
+def said(script: str, *arguments: object, code: int = 0, timeout: float = 900) -> str:
+    """What `python script arguments` prints until it ends with the exit status `code`."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.txt"
         process = started(script, *arguments, log=log)
@@ -43,11 +43,5 @@ def ended(script: str, *arguments: object, timeout: float = 900) -> tuple[int | 
         if process.is_alive():
             process.kill()
             process.join()
-        return process.exitcode, log.read_text()
-
-
-def said(script: str, *arguments: object, code: int = 0, timeout: float = 900) -> str:
-    """What `python script arguments` prints until it ends with the exit status `code`."""
-    status, text = ended(script, *arguments, timeout=timeout)
-    assert status == code, f"exit status {status}: {text[-8000:]}"
-    return text
+        assert process.exitcode == code, f"exit status {process.exitcode}: {log.read_text()[-8000:]}"
+        return log.read_text()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import time
@@ -10,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import PARITY_NATS, REPOSITORY
+from conftest import PARITY_NATS, REPOSITORY, forget_cut_engines
+from cut_engine import LEFT_BEHIND, METHODS
 from distributed_trainer import CASES, TOKENS, policy_of, served
 from peft import get_peft_model_state_dict
 from rollout_server import RolloutServer, child_environment
@@ -226,6 +228,17 @@ def test_grpo_trains_in_two_processes_on_one_server(kind, adapter, grpo_run, rol
     assert {n: t.shape for n, t in saved.items()} == {n: t.shape for n, t in expected.items()}, (
         "the checkpoint is whole"
     )
+
+
+def test_an_engine_that_two_processes_cut_up_follows_and_is_proven_part_by_part(tied_checkpoint, tmp_path):
+    forget_cut_engines()
+    launch("ddp", "tests/cut_engine.py", tied_checkpoint, tmp_path)
+    seen = [json.loads((tmp_path / f"{process}.json").read_text()) for process in (0, 1)]
+    for method in METHODS:
+        assert [part[method] for part in seen] == [pytest.approx(1.0, abs=0.01)] * 2, method
+    failure = f"StaleEngineError: weight sync failed its audit: 1 of 14 modules .*{re.escape(LEFT_BEHIND)}"
+    assert re.match(failure, seen[1]["left behind"])
+    assert re.match(f"PeerFailedError: process 1 of the trainer failed: {failure}", seen[0]["left behind"])
 
 
 @pytest.mark.parametrize("kind", LAUNCHERS)

@@ -5,7 +5,7 @@ import time
 from importlib.resources import files
 
 import pytest
-from conftest import PARITY_NATS, leave_weights_unpacked, make_random_checkpoint
+from conftest import PARITY_NATS, forget_cut_engines, leave_weights_unpacked, make_random_checkpoint
 from datasets import Dataset
 from playing_processes import CALL, TURNS
 from rollout_server import RolloutServer
@@ -135,6 +135,7 @@ def test_environments_are_played_with_the_policy_that_is_trained(talker, tmp_pat
 @pytest.mark.parametrize("mode", ["server", "shared", "cut"])
 def test_processes_whose_rollouts_take_different_turns_play_together(talker, tmp_path, mode):
     """Each is given the completions of its own prompts, and none waits for one that is done."""
+    forget_cut_engines()
     server = RolloutServer(talker, tmp_path / "server.log", "--max-model-len", "2048") if mode == "server" else None
     try:
         url = [server.start().wait_until_up().url] if server else []

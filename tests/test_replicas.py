@@ -7,10 +7,11 @@ import torch
 from conftest import perturb_trained
 from peft import get_peft_model
 from rollout_server import RolloutServer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
 
 from fura_rl.adapters.registry import peft_config_for
+from fura_rl.data import encode_prompts
 from fura_rl.rollout_client import RolloutClient, split
 from fura_rl.sync.probe import StaleEngineError
 from fura_rl.sync.replicas import Replicas
@@ -50,6 +51,7 @@ def test_every_replica_serves_the_version_that_was_synced(servers, monkeypatch):
     output = client.generate(prompts, n=2, max_tokens=4, temperature=1.0, logprobs=0)
     assert output["prompt_ids"] == prompts
     assert len(output["completion_ids"]) == 6
+    check_that_conversations_are_answered_as_their_prompts_are(client, servers[0].model)
     first, second = client.engine.engines
     perturb_trained(policy, 0.1, seed=9)
     deliver, before = second._deliver, second._last
@@ -64,6 +66,21 @@ def test_every_replica_serves_the_version_that_was_synced(servers, monkeypatch):
     assert first.serves_last()
     client.close()
     assert all("secret of this test" not in server.log.read_text() for server in servers)
+
+
+def check_that_conversations_are_answered_as_their_prompts_are(client, model):
+    conversations = [[{"role": "user", "content": f"What is {a} + 11?"}] for a in range(3)]
+    greedy = {"n": 2, "max_tokens": 4, "top_k": 1}
+    said = client.chat(conversations, **greedy)
+    assert said["prompt_ids"] == encode_prompts(conversations, AutoTokenizer.from_pretrained(model))
+    assert said["completion_ids"] == client.generate(said["prompt_ids"], **greedy)["completion_ids"]
+    assert len(said["completion_ids"]) == 6
+    with client.drawing_from(1):
+        drawn = [client.chat(conversations, max_tokens=8)["completion_ids"] for _ in range(2)]
+    assert drawn[0] == drawn[1]
+    assert drawn[0] != client.chat(conversations, max_tokens=8)["completion_ids"]
+    with pytest.raises(RemoteSyncError, match=r"refused to sample: .*400.* tokens"):
+        client.chat(conversations, max_tokens=400)
 
 
 def test_replicas_after_a_dead_one_are_given_back_too():
