@@ -520,7 +520,7 @@ def take_over(trainer: GRPOTrainer) -> Any:
     generation = getattr(trainer, "vllm_generation", None)
     used = (
         "_last_loaded_step", "_metrics", "_logs", "_step", "_buffered_inputs", "_generate_and_score_completions",
-        "_generate_single_turn", "_tool_call_loop",
+        "_generate_single_turn", "_tool_call_loop", "_tokenizer",
     )  # fmt: skip
     missing = [f"GRPOTrainer.{n}" for n in used if n not in vars(trainer) and not hasattr(GRPOTrainer, n)]
     missing += [
