@@ -445,7 +445,7 @@ def test_a_killed_sweep_gives_the_table_of_an_unkilled_one(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(60)
     assert not list(killed.rglob(RESULT))
-    shutil.copytree(tmp_path / "whole" / "lora", killed / "lora")  # the cell that would only be run once more
+    shutil.copytree(tmp_path / "whole" / "lora", killed / "lora", dirs_exist_ok=True)  # it would only be run once more
     assert "2 cells, 1 done already" in ablate(spec, killed)
     assert scores(killed) == scores(tmp_path / "whole")
     lines = json.loads((killed / "results.json").read_text())["lines"]
