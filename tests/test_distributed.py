@@ -260,10 +260,11 @@ def test_two_processes_reach_what_one_reaches(kind, grpo_run):
         assert (one[name] - two[name]).norm() < 1e-3 * last_step, name
 
 
-def test_a_killed_run_of_two_processes_goes_on_to_the_same_bits(grpo_run, rollout_server, tmp_path):
+@pytest.mark.parametrize("kind", LAUNCHERS)
+def test_a_killed_run_of_two_processes_goes_on_to_the_same_bits(kind, grpo_run, rollout_server, tmp_path):
     """SIGKILL to all of its processes, the same command again."""
     folder = tmp_path / "run"
-    command = launch_command("fsdp2", *grpo_command("fsdp2", "fura", rollout_server, folder))
+    command = launch_command(kind, *grpo_command(kind, "fura", rollout_server, folder))
     log, environment = tmp_path / "log.txt", child_environment(OMP_NUM_THREADS="1")
     with open(log, "w") as file:
         run = psutil.Popen(command, stdout=file, stderr=file, cwd=REPOSITORY, env=environment)
@@ -277,8 +278,8 @@ def test_a_killed_run_of_two_processes_goes_on_to_the_same_bits(grpo_run, rollou
         process.kill()
     assert len(psutil.wait_procs(family, 30)[0]) > 2
     assert not (folder / f"checkpoint-{STEPS}").exists()
-    launch("fsdp2", *grpo_command("fsdp2", "fura", rollout_server, folder))
-    assert different(outcome(grpo_run("fsdp2", "fura")), outcome(folder)) == []
+    launch(kind, *grpo_command(kind, "fura", rollout_server, folder))
+    assert different(outcome(grpo_run(kind, "fura")), outcome(folder)) == []
 
 
 def test_under_torchrun_one_process_that_is_told_to_end_ends_them_all_with_a_checkpoint(rollout_server, tmp_path):
