@@ -48,7 +48,7 @@ from fura_rl.sync import probe
 from fura_rl.sync.engine import RolloutEngine
 from fura_rl.sync.fold import check_folds
 from fura_rl.sync.remote_engine import Follower
-from fura_rl.sync.sharding import failing_together
+from fura_rl.sync.sharding import failing_together, in_any_process
 from fura_rl.sync.single_copy import SingleCopyEngine, move_to_host
 from fura_rl.sync.vllm_engine import InProcessEngine, cpu_cache_settings, engine_environment
 from fura_rl.sync.vllm_private import keeping_classes
@@ -225,7 +225,7 @@ class FuraGRPOTrainer(GRPOTrainer):
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's, timed as a rollout where transformers generates: with vLLM that is timed closer by."""
         if self._in_tool_calls:
-            self._any_process(True)
+            in_any_process(True)  # as those ask that are done
         generate = super()._generate_single_turn
         return (generate if self.use_vllm else self._timed("rollout", generate))(*args, **kwargs)
 
@@ -243,13 +243,9 @@ class FuraGRPOTrainer(GRPOTrainer):
             rollouts = super()._tool_call_loop(*args, **kwargs)
         finally:
             self._in_tool_calls = False
-        while self._any_process(False):
+        while in_any_process(False):
             self._generate_single_turn([], None, {}, num_generations=1)
         return rollouts
-
-    def _any_process(self, samples: bool) -> bool:
-        """Whether this process or another one `samples` in the turn to come; all of them ask."""
-        return any(gather_object([samples]))
 
     def _evenly(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         """`generate` where processes sample in one batch, of which TRL takes every one to have as many prompts as

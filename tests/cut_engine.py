@@ -14,9 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import check_that_two_updates_arrive, perturb_trained, start_llm
 from peft import get_peft_model
+from test_weight_sync import leave_out
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
@@ -40,13 +42,7 @@ def sync_of(method: str, model: str, engine: RolloutEngine) -> WeightSync:
 
 
 def error_of_a_part_that_is_not_written(sync: WeightSync, process: int) -> str:
-    write = sync.engine.model._write_module
-
-    def faulty(module: str, *args: Any) -> None:
-        if not (process == 1 and module == LEFT_BEHIND):
-            write(module, *args)
-
-    sync.engine.model._write_module = faulty
+    leave_out(sync, pytest.MonkeyPatch(), lambda module: process == 1 and module == LEFT_BEHIND)
     sync.probe_every = 10**9  # by the audit alone
     perturb_trained(sync.model, 0.2, seed=9)
     try:

@@ -13,7 +13,8 @@ import tempfile
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from rollout_server import REPOSITORY
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["fura_rl.run", "fura_rl.evaluation.pass_at_k", "vllm", "trl.trainer.grpo_trainer"])
 

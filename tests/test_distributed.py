@@ -221,6 +221,8 @@ def test_grpo_trains_in_two_processes_on_one_server(kind, adapter, grpo_run, rol
     folder = grpo_run(kind, adapter)
     steps = training_lines(folder)
     assert [entry["step"] for entry in steps] == [*range(1, STEPS + 1)]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "reward" in line] == [*range(1, STEPS + 1)], "by one process alone"
     assert all(entry["grad_norm"] > 0 for entry in steps), "it must learn something"
     assert all(entry["sync/probe_max_gap"] < PARITY_NATS for entry in steps), "the server must serve what is trained"
     saved = load_file(folder / f"checkpoint-{STEPS}" / "adapter_model.safetensors")
