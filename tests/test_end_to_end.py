@@ -87,7 +87,7 @@ def test_pass_at_k_of_the_trained_adapter_agrees_with_the_run(quickstart, tmp_pa
     assert "pass@4" in table
 
 
-@pytest.mark.parametrize("adapter", ["dora", "full"])  # with the shipped configs below, which train the others
+@pytest.mark.parametrize("adapter", ["svd", "lora", "dora", "full"])
 def test_every_adapter_trains_through_the_same_path(adapter, tmp_path):
     text = said(SCRIPT, *SHORT, "--adapter", adapter, "--output_dir", tmp_path, "--sync_probe_every", "1")
     assert f"adapter {adapter}, " in text
